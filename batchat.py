@@ -858,8 +858,6 @@ class Reactor:
             self._begin_closing(connection)
         for connection in self.pacing.expired(self.now):
             self.talkers[connection] = None
-        for connection in self.stalled.expired(self.now):
-            self._drop(connection, "too far behind")
         for connection in self.closing.expired(self.now):
             self._forget(connection)
         if self.now >= self.retry_at:
@@ -921,23 +919,34 @@ class Reactor:
 
     def _tidy_up(self) -> None:
         """Forget what nobody needs any more, and see to those who hold up the rest."""
+        log = self.chat.log
+        if self.stalled or len(log) > HOLD_ABOVE:
+            self._mind_the_slow()
         for connection in self.failed:
             self._drop(connection, "an error of ours")
         self.failed.clear()
-        log = self.chat.log
-        if self.stalled or len(log) > HOLD_ABOVE:
-            for connection, since in list(self.short.items()):
-                if log.end - connection.outbox.cursor <= HOLD_ABOVE:
-                    self.stalled.stop(connection)
-                elif self.now - since >= STALL_SECONDS:
-                    self._drop(connection, "takes nothing")
-                else:
-                    self.stalled.start(connection, self.now)
         log.trim(min([self.sent, *(connection.outbox.cursor for connection in self.short)]))
         if self.held and len(log) < HOLD_BELOW:
             self.held_until = self.now
         elif not self.held and len(log) > HOLD_ABOVE:
             self.held_until = self.now + STALL_SECONDS
+
+    def _mind_the_slow(self) -> None:
+        """Drop those who hold up the talkers and do not catch up in time."""
+        log = self.chat.log
+        for connection in list(self.short):
+            if log.end - connection.outbox.cursor > HOLD_ABOVE:
+                # The selector tells of room only when much of the send buffer is free; ask.
+                with memoryview(log.data) as view:
+                    self._guard(self._flush, connection, view)
+            if log.end - connection.outbox.cursor <= HOLD_ABOVE:
+                self.stalled.stop(connection)
+            elif self.now - self.short[connection] >= STALL_SECONDS:
+                self._drop(connection, "takes nothing")
+            else:
+                self.stalled.start(connection, self.now)
+        for connection in self.stalled.expired(self.now):
+            self._drop(connection, "too far behind")
 
     # One connection
 
@@ -1208,7 +1217,7 @@ def raise_descriptor_limit() -> int:
 
 def open_listener(host: str | None, port: int) -> socket.socket:
     """A socket that listens on `host`, or on every address; raises OSError."""
-    if host is None and socket.has_dualstack_ipv6():
+    if not host and socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
         )
@@ -1220,7 +1229,7 @@ def open_listener(host: str | None, port: int) -> socket.socket:
 def opening_line(host: str | None, listener: socket.socket) -> str:
     """Where the room is, and how to join it."""
     port = listener.getsockname()[1]
-    if host is not None:
+    if host:
         return f"BATCHAT is open on {host}, port {port}. Join it: telnet {host} {port}"
     kinds = "IPv4 and IPv6" if listener.family == socket.AF_INET6 else "IPv4"
     return (
@@ -1264,7 +1273,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         listener = open_listener(options.host, options.port)
     except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "that is no address"
+        why = getattr(error, "strerror", None) or "that is no address"
+        why = why.partition(" (while")[0]  # create_server() says again where
         where = options.host or "every address"
         print(f"batchat: can't listen on {where}, port {options.port}: {why}", file=sys.stderr)
         return 1
