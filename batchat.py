@@ -82,10 +82,10 @@ COMMANDS = {
     "/nick": ("NAME", "change your name"),
     "/ignore": ("NAME", "stop hearing somebody, or hear them again"),
     "/quit": ("", "leave the chat"),
+    "//": ("TEXT", "say a line that starts with a slash"),
 }
-HELP = (
-    "".join(f"* {command + ' ' + takes:<16}{does}\n" for command, (takes, does) in COMMANDS.items())
-    + "* //TEXT         say a line that starts with a slash\n"
+HELP = "".join(
+    f"* {f'{command} {takes}':<17}{does}\n" for command, (takes, does) in COMMANDS.items()
 )
 
 FULL = "* BATCHAT is full, please try again later.\n"
@@ -641,6 +641,8 @@ class Chat:
 
     def _do_nick(self, person: Person, rest: str) -> None:
         name = self._free_name(person, rest)
+        if name == person.name:
+            raise Refusal(f"You are {name} already.")
         del self.people[name_key(person.name)]
         self.people[name_key(name)] = person
         self._announce(f"* {person.name} is now known as {name}\n")
@@ -979,7 +981,8 @@ class Reactor:
             with contextlib.suppress(OSError):  # a kernel that does not know it does without
                 sock.setsockopt(*option)
         bucket = TokenBucket(self.limits.rate, self.now)
-        connection = Connection(sock, f"{host} port {port}", self.chat.log, bucket)
+        origin = f"{host.replace('::ffff:', '')} port {port}"
+        connection = Connection(sock, origin, self.chat.log, bucket)
         self.connections.add(connection)
         self._watch(connection)
         self._guard(self._admit, connection, household(host))

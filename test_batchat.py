@@ -488,6 +488,7 @@ def test_ignoring_ends_when_either_leaves(room):
         ("/msg nobody hi", "Nobody here is called nobody."),
         ("/ignore nobody", "Nobody here is called nobody."),
         ("/ignore mike", "You can't ignore yourself."),
+        ("/nick mike", "You are mike already."),
         ("/nick you", "The name you is taken."),
         ("/nick two words", "A name is made of letters, digits, '_', '-' and '.' alone."),
         (Signal.TOO_LONG, "A line has at most 4096 bytes; yours was not sent."),
@@ -806,7 +807,9 @@ def test_people_talk_and_leave(house):
 def test_what_is_typed_while_others_talk_stands_in_its_right_place(house):
     mike, ann = house.join("mike"), house.join("ann")
     ann.types("one")
+    house.settle()
     mike.types("own", "/me too", "/nick mick")
+    house.settle()
     ann.types("two")
     mike.reads("<ann> one\n* mike is now known as mick\n<ann> two\n")
     ann.reads("<mike> own\n** mike too\n* mike is now known as mick\n")
@@ -1179,6 +1182,26 @@ def test_telnets_urgent_data_stays_in_the_stream(house):
     jonny.sock.send(b"\xff\xf2", socket.MSG_OOB)
     jonny.sends(b"e\r\n")
     mike.reads("<jonny> one\n")
+
+
+def test_peers_that_vanish_are_found_within_two_minutes(house):
+    house.join("mike")
+    sock = house.connection("mike").sock
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    wanted = {
+        "TCP_KEEPIDLE": 60,
+        "TCP_KEEPINTVL": 15,
+        "TCP_KEEPCNT": 4,
+        "TCP_USER_TIMEOUT": 120_000,
+    }
+    for name, value in wanted.items():
+        if hasattr(socket, name):
+            assert sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+
+
+def test_a_line_leaves_at_once(house):
+    house.join("mike")
+    assert house.connection("mike").sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_closing_the_house_tells_everyone_and_ends_every_line_cleanly(house):
