@@ -9,7 +9,7 @@ appended once to the room's log; each listener is a cursor that runs after its
 end, and is sent all that is new in one system call.  One thread turns the
 wheel: select, read, write, tidy up.
 
-The rooms of this file, in reading order:
+The parts of this file, in reading order:
 
     1. The words        what people read
     2. The limits       every number, with its unit
@@ -19,7 +19,7 @@ The rooms of this file, in reading order:
     6. The reactor      sockets, the selector and the clock
     7. main             options, signals, the opening line
 
-Nothing before room 6 knows of sockets or of the time.
+Nothing before part 6 knows of sockets or of the time.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ NAME_LIMIT = 24  # characters in a name
 NAME_TRIES = 5
 NAME_SECONDS = 120.0  # until a caller must have given a name
 
-WINDOW = 1 << 20  # bytes of log that the slowest listener may keep alive
+WINDOW = 1 << 20  # bytes that the log never grows beyond, whoever is slow
 HOLD_ABOVE = WINDOW // 2  # bytes behind: talkers wait from here ...
 HOLD_BELOW = WINDOW // 4  # ... until the slowest is back under this
 STALL_SECONDS = 2.0  # that one listener may hold up the room
@@ -124,21 +124,10 @@ RETRY_SECONDS = 1.0  # until we accept again, after the system could not
 SPARE_DESCRIPTORS = 16  # kept back for our own use
 LOBBY = 16  # descriptors kept back for telling callers that the house is full
 
-SOCKET_OPTIONS = [
-    (level, getattr(socket, name), value)
-    for level, name, value in [
-        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line leaves at once
-        (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
-        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),  # peers that vanish are found in two minutes:
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),  # seconds of silence, then ...
-        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),  # (the same, as macOS calls it)
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),  # ... a probe every so many seconds,
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),  # four in vain,
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 120_000),  # or milliseconds without an ACK
-    ]
-    if hasattr(socket, name)
-]
-HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
+KEEPALIVE_IDLE = 60  # seconds of silence, until we ask whether a peer is still there,
+KEEPALIVE_INTERVAL = 15  # again after so many seconds,
+KEEPALIVE_COUNT = 4  # and give it up after so many questions in vain,
+USER_TIMEOUT = 120_000  # or after so many milliseconds without an ACK of what we sent
 
 
 # --------------------------------------------------------------------------
@@ -189,13 +178,13 @@ class Outbox:
     is owed inserts alone.
     """
 
-    __slots__ = ("cursor", "log", "private", "splices")
+    __slots__ = ("cursor", "log", "private_bytes", "splices")
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
         self.splices: list[tuple[int, int, bytes]] = []
-        self.private = 0  # bytes in the inserts of all splices
+        self.private_bytes = 0  # bytes in the inserts of all splices
 
     @property
     def owes(self) -> bool:
@@ -214,16 +203,16 @@ class Outbox:
         """Owe nothing any more: nobody is there to take it."""
         self.cursor = FOREVER
         self.splices.clear()
-        self.private = 0
+        self.private_bytes = 0
 
     def insert(self, data: bytes) -> None:
         """Owe `data` to this listener alone, after all that was said so far."""
-        self.private += len(data)
+        self.private_bytes += len(data)
         self._splice(max(self._reach, self.log.end), 0, data)
 
     def skip(self, at: int, size: int) -> None:
         """Leave out `size` bytes of the log from offset `at` on, its newest."""
-        if at >= self._reach:  # else it stands at FOREVER and would not hear them anyway
+        if at >= self._reach:  # who stands at FOREVER does not hear them anyway
             self._splice(at, size, b"")
 
     @property
@@ -241,19 +230,19 @@ class Outbox:
         self.splices.append((at, skip, insert))
 
     def pieces(self, view: memoryview) -> list[Buffer]:
-        """The buffers to send next, given a view of the whole log."""
-        start, at = self.log.start, self.cursor
+        """The buffers to send next, given a view of the whole log; as many as sendmsg takes."""
+        start, cursor = self.log.start, self.cursor
         pieces: list[Buffer] = []
-        for here, skip, insert in self.splices:
-            if len(pieces) > PIECES_LIMIT - 3:
+        for at, skip, insert in self.splices:
+            if len(pieces) > PIECES_LIMIT - 3:  # two for this splice, and one for the end
                 return pieces
-            if here > at:
-                pieces.append(view[at - start : here - start])
+            if at > cursor:
+                pieces.append(view[cursor - start : at - start])
             if insert:
                 pieces.append(insert)
-            at = here + skip
-        if at < self.log.end:
-            pieces.append(view[at - start :])
+            cursor = at + skip
+        if cursor < self.log.end:
+            pieces.append(view[cursor - start :])
         return pieces
 
     def advance(self, sent: int) -> None:
@@ -266,11 +255,11 @@ class Outbox:
             self.cursor = at
             if sent < len(insert):
                 self.splices[done] = (at, skip, insert[sent:])
-                self.private -= sent
+                self.private_bytes -= sent
                 sent = 0
                 break
             sent -= len(insert)
-            self.private -= len(insert)
+            self.private_bytes -= len(insert)
             self.cursor += skip
             done += 1
         del self.splices[:done]
@@ -282,17 +271,17 @@ class Outbox:
 # --------------------------------------------------------------------------
 
 
-class Signal(enum.Enum):
+class WireEvent(enum.Enum):
     """What a wire tells of besides lines."""
 
     TOO_LONG = enum.auto()  # a line over LINE_LIMIT went by and was thrown away
     LEAVE = enum.auto()  # Ctrl-C, Ctrl-D, or the end of the stream
 
 
-Event = Union[str, Signal]
+Event = Union[str, WireEvent]
 
 # Controls, line and paragraph separators, and the marks that turn writing
-# around (Unicode UAX #9, 2.1 to 2.4).  TAB stays.  What edits is not here.
+# around (Unicode UAX #9, 2.1 to 2.5).  TAB stays.  What edits is not here.
 FORBIDDEN = re.compile("[\0-\x07\x0a-\x14\x16-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 ERASE = re.compile("[\b\x7f\x15]")
 
@@ -316,14 +305,14 @@ def clean(text: str) -> str:
 
 
 # A telnet command that is whole, or the beginning of one at the end of a read (RFC 854).
-COMMAND = re.compile(
+TELNET_COMMAND = re.compile(
     rb"""\xff (?: ([\xfb-\xfe]) ([\0-\xff])  # WILL, WONT, DO, DONT and an option
                 | \xfa (?: [^\xff] | \xff[^\xf0] )* (?: \xff\xf0 | (\xff? \Z) )  # SB ... SE
                 | ([^\xfa-\xfe])  # a command of one byte
-                | [\xfb-\xfe]? \Z )""",
+                | ([\xfb-\xfe]? \Z) )  # a beginning""",
     re.VERBOSE,
 )
-REFUSALS = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL x: DONT x; DO x: WONT x
+OPTION_REFUSALS = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL x: DONT x; DO x: WONT x
 ARE_YOU_THERE = b"\xf6"
 # What the other commands of one byte leave in the text; all that are not here, nothing.
 KEYS = {
@@ -335,7 +324,13 @@ KEYS = {
     b"\xf8": b"\x15",  # EL, erase line
     b"\xff": b"\xff",  # IAC IAC: the byte itself
 }
+LINE_END = re.compile(rb"\r[\n\0]?")  # CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12)
 LINE = re.compile(rb"([^\n\x03\x04]*)([\n\x03\x04])")
+
+
+def encode(text: str) -> bytes:
+    """`text`, whose lines end with "\\n", as it goes over the wire."""
+    return text.replace("\n", "\r\n").encode()
 
 
 class TelnetWire:
@@ -357,10 +352,6 @@ class TelnetWire:
         self._at = 0  # how far `next` has come in `_text`
         self._skipping = False  # the line is too long; its rest is thrown away
 
-    def encode(self, text: str) -> bytes:
-        """`text`, whose lines end with "\\n", as it goes over the wire."""
-        return text.replace("\n", "\r\n").encode()
-
     def feed(self, data: bytes) -> None:
         """Take what the peer sent; b"" is its end."""
         if not data:
@@ -368,57 +359,47 @@ class TelnetWire:
             return
         if self._command or b"\xff" in data:
             data, self._command = self._command + data, b""
-            data = COMMAND.sub(self._obey, data)
+            data = TELNET_COMMAND.sub(self._obey, data)
         if data:
-            # CR LF, CR NUL and CR alone end a line (RFC 854, pages 11 and 12); the
-            # NUL is cleaned away later.
-            if self._after_cr and data[0] == 0x0A:
+            if self._after_cr and data[:1] in (b"\n", b"\0"):
                 data = data[1:]
-                self._after_cr = False
-            if b"\r" in data:
-                self._after_cr = data[-1] == 0x0D
-                data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            elif data:
-                self._after_cr = False
-            self._text = self._text[self._at :] + data
+            self._after_cr = data.endswith(b"\r")
+            self._text = self._text[self._at :] + LINE_END.sub(b"\n", data)
             self._at = 0
 
     def _obey(self, command: re.Match[bytes]) -> bytes:
         """Answer a telnet command; returns what it leaves in the text."""
-        verb, option, cut, simple = command.groups()
-        if verb:
-            if verb in REFUSALS:  # WONT and DONT say what is so already
-                self.replies += REFUSALS[verb] + option
+        verb, option, inside, simple, begun = command.groups()
+        if verb in OPTION_REFUSALS:  # WONT and DONT only say what is so already
+            self.replies += OPTION_REFUSALS[verb] + option
         elif simple == ARE_YOU_THERE:
-            self.replies += self.encode(HERE)
+            self.replies += encode(HERE)
         elif simple:
             return KEYS.get(simple, b"")
-        elif cut is not None:
-            self._command = b"\xff\xfa" + cut  # we are inside SB, whose contents are not kept
-        elif not command[0].endswith(b"\xf0"):
-            self._command = command[0]
+        elif inside is not None:
+            self._command = b"\xff\xfa" + inside  # what an SB holds is not kept
+        elif begun is not None:
+            self._command = b"\xff" + begun
         return b""
 
     def next(self) -> Event | None:
         """The next line or signal; None where more must be read first."""
         while True:
             found = LINE.match(self._text, self._at)
-            if self._skipping:
-                if not found:
-                    self._at = len(self._text)
-            elif (found.end(1) if found else len(self._text)) - self._at > LINE_LIMIT:
-                self._at = found.end(1) if found else len(self._text)
-                self._skipping = True
-                return Signal.TOO_LONG
+            stop = found.end(1) if found else len(self._text)
+            if not self._skipping and stop - self._at > LINE_LIMIT:
+                self._at, self._skipping = stop, True
+                return WireEvent.TOO_LONG
             if not found:
-                return Signal.LEAVE if self.ended else None
-            line, end = found.groups()
+                if self._skipping:
+                    self._at = stop
+                return WireEvent.LEAVE if self.ended else None
             self._at = found.end()
             skipped, self._skipping = self._skipping, False
-            if end != b"\n":
-                return Signal.LEAVE
+            if found[2] != b"\n":
+                return WireEvent.LEAVE
             if not skipped:
-                return clean(line.decode("utf-8", "replace"))
+                return clean(found[1].decode("utf-8", "replace"))
 
 
 # --------------------------------------------------------------------------
@@ -427,7 +408,7 @@ class TelnetWire:
 
 
 class State(enum.Enum):
-    """How far a person has come; see Chat.hear."""
+    """How far a person has come; see Chat.handle."""
 
     NAMING = enum.auto()  # has not given a name yet, and hears nothing
     CHATTING = enum.auto()
@@ -436,17 +417,16 @@ class State(enum.Enum):
     GONE = enum.auto()
 
 
-HEARD = (State.NAMING, State.CHATTING)  # the states in which somebody is listened to
+LISTENED_TO = (State.NAMING, State.CHATTING)  # what comes in any other state is thrown away
 
 
 class Person:
     """What the chat knows of somebody: a name, an outbox and a state."""
 
-    __slots__ = ("name", "origin", "outbox", "state", "tries", "wire")
+    __slots__ = ("name", "origin", "outbox", "state", "tries")
 
-    def __init__(self, origin: str, wire: TelnetWire, outbox: Outbox) -> None:
+    def __init__(self, origin: str, outbox: Outbox) -> None:
         self.origin = origin  # where they call from, for the log
-        self.wire = wire
         self.outbox = outbox
         self.state = State.NAMING
         self.name = ""
@@ -474,7 +454,7 @@ def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises Refusal where it is none."""
     name = unicodedata.normalize("NFC", text.strip())
     if not name:
-        raise Refusal("A name needs at least one letter.")
+        raise Refusal("A name has at least one character.")
     if len(name) > NAME_LIMIT:
         raise Refusal(f"A name has at most {NAME_LIMIT} characters.")
     for at, character in enumerate(name):
@@ -492,21 +472,23 @@ class Chat:
         self.log = Log()
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.told: set[Person] = set()  # those who were told something and not yet sent it
-        self._ignored: defaultdict[Person, set[Person]] = defaultdict(set)  # who doesn't hear whom
+        # Those who ignore somebody, by whom they ignore.
+        self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)
 
     # What people are told
 
     def tell(self, person: Person, text: str) -> None:
         """Show `text` to one person alone."""
-        self.reply(person, person.wire.encode(text))
+        self.reply(person, encode(text))
 
     def reply(self, person: Person, data: bytes) -> None:
+        """The same, with bytes as they go over the wire."""
         person.outbox.insert(data)
         self.told.add(person)
 
     def _announce(self, text: str) -> None:
         """Show `text` to everyone in the room."""
-        self.log.append(text.replace("\n", "\r\n").encode())
+        self.log.append(encode(text))
 
     def _say(self, speaker: Person, text: str) -> None:
         """Show `text` to everyone but its speaker and those who ignore them."""
@@ -514,13 +496,10 @@ class Chat:
         self._announce(text)
         size = self.log.end - at
         speaker.outbox.skip(at, size)
-        for listener in self._ignored.get(speaker, ()):
+        for listener in self._ignorers.get(speaker, ()):
             listener.outbox.skip(at, size)
 
     # Coming and going
-
-    def greet(self, person: Person) -> None:
-        self.tell(person, GREETING)
 
     def dismiss(self, person: Person, text: str, why: str) -> None:
         """Show `text` to somebody, and have them leave."""
@@ -529,15 +508,16 @@ class Chat:
 
     def leave(self, person: Person, why: str) -> None:
         """Let a person go: they hear nothing more, and the others hear that they went."""
-        was, person.state = person.state, State.CLOSING
-        self.told.add(person)  # so that the end is sent to them, too
-        if was is not State.CHATTING:
+        was_chatting = person.state is State.CHATTING
+        person.state = State.CLOSING
+        self.told.add(person)
+        if not was_chatting:
             logger.debug("%s left before joining: %s", person.origin, why)
             return
         person.outbox.leave()
         del self.people[name_key(person.name)]
-        self._ignored.pop(person, None)
-        for listeners in self._ignored.values():
+        self._ignorers.pop(person, None)
+        for listeners in self._ignorers.values():
             listeners.discard(person)
         self._announce(f"* {person.name} has quit the chat\n")
         logger.info("%s left: %s (%s, %d here)", person.name, why, person.origin, len(self.people))
@@ -553,25 +533,29 @@ class Chat:
 
     # The state machine
 
-    def hear(self, person: Person, event: Event) -> None:
-        """What an event means, in the state that the person is in."""
+    def handle(self, person: Person, event: Event) -> None:
+        """Do what an event means in the state that the person is in."""
         try:
             if person.state is State.NAMING:
-                if event is Signal.LEAVE or event == "/quit":
-                    self.leave(person, "gave no name")
-                elif not isinstance(event, str) or HTTP_REQUEST.match(event):
-                    self.leave(person, "sent what is no name")  # a browser, or a web page's attack
+                if event is WireEvent.LEAVE:
+                    self.leave(person, "hung up")
+                elif event is WireEvent.TOO_LONG or HTTP_REQUEST.match(event):
+                    self.leave(person, "sent no name")  # a browser, or a web page that attacks us
+                elif event.strip().lower() == "/quit":
+                    self.leave(person, "quit")
                 else:
                     self._enter(person, event)
             elif person.state is State.CHATTING:
-                if event is Signal.LEAVE:
+                if event is WireEvent.LEAVE:
                     self.leave(person, "hung up")
-                elif not isinstance(event, str):
+                elif event is WireEvent.TOO_LONG:
                     raise Refusal(f"A line has at most {LINE_LIMIT} bytes; yours was not sent.")
-                elif event.startswith("/") and not event.startswith("//"):
-                    self._obey(person, event)
+                elif event.startswith("//"):
+                    self._say(person, f"<{person.name}> {event[1:]}\n")
+                elif event.startswith("/"):
+                    self._command(person, event)
                 elif event.strip():
-                    self._say(person, f"<{person.name}> {event[event.startswith('/') :]}\n")
+                    self._say(person, f"<{person.name}> {event}\n")
         except Refusal as why:
             self.tell(person, f"* {why}\n")
 
@@ -585,7 +569,7 @@ class Chat:
             else:
                 self.tell(person, f"* {why}\n{PROMPT}")
             return
-        self._announce(f"* {name} has joined the chat\n")
+        self._announce(f"* {name} has joined the chat\n")  # before they come in and would read it
         person.name = name
         person.state = State.CHATTING
         person.outbox.enter()
@@ -594,7 +578,7 @@ class Chat:
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def _free_name(self, person: Person, text: str) -> str:
-        """`text` as a name that this person may take; raises Refusal."""
+        """`text` as a name that this person may take, their own included; raises Refusal."""
         name = check_name(text)
         key = name_key(name)
         if key in RESERVED_NAMES or self.people.get(key, person) is not person:
@@ -610,7 +594,7 @@ class Chat:
 
     # The commands
 
-    def _obey(self, person: Person, line: str) -> None:
+    def _command(self, person: Person, line: str) -> None:
         command, _, rest = line.partition(" ")
         command, rest = command.lower(), rest.strip()
         if command not in COMMANDS:
@@ -633,8 +617,8 @@ class Chat:
     def _do_msg(self, person: Person, rest: str) -> None:
         name, text = rest.split(None, 1)
         listener = self._find(name)
-        if listener not in self._ignored.get(person, ()):
-            if listener.outbox.private > PRIVATE_LIMIT:
+        if listener not in self._ignorers.get(person, ()):
+            if listener.outbox.private_bytes > PRIVATE_LIMIT:
                 raise Refusal(f"{listener.name} has too much to read; your line was not sent.")
             self.tell(listener, f"[{person.name} -> you] {text}\n")
         self.tell(person, f"[you -> {listener.name}] {text}\n")
@@ -653,8 +637,8 @@ class Chat:
         other = self._find(rest)
         if other is person:
             raise Refusal("You can't ignore yourself.")
-        self._ignored[other] ^= {person}
-        if person in self._ignored[other]:
+        self._ignorers[other] ^= {person}
+        if person in self._ignorers[other]:
             self.tell(person, f"* You no longer hear {other.name}.\n")
         else:
             self.tell(person, f"* You hear {other.name} again.\n")
@@ -667,32 +651,23 @@ class Chat:
 # 6. The reactor
 # --------------------------------------------------------------------------
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-
-class TokenBucket:
-    """How many lines somebody may send: `rate` a second, and bursts; no limit at rate 0."""
-
-    __slots__ = ("filled", "rate", "tokens")
-
-    def __init__(self, rate: int, now: float) -> None:
-        self.rate = rate
-        self.tokens = float(rate * BURST_SECONDS)
-        self.filled = now
-
-    def has_token(self, now: float) -> bool:
-        self.tokens = min(
-            self.tokens + (now - self.filled) * self.rate, float(self.rate * BURST_SECONDS)
-        )
-        self.filled = now
-        return self.tokens >= 1 or not self.rate
-
-    def take(self) -> None:
-        self.tokens -= 1
-
-
 NEVER = float("inf")
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
+SOCKET_OPTIONS = [
+    (level, getattr(socket, name), value)
+    for level, name, value in [
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line leaves at once
+        (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet may send part of Ctrl-C as urgent data
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", KEEPALIVE_IDLE),  # the same, as macOS calls it
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", KEEPALIVE_COUNT),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", USER_TIMEOUT),
+    ]
+    if hasattr(socket, name)
+]
 
 
 class Countdown:
@@ -724,45 +699,38 @@ class Countdown:
             yield self._ends.popitem(last=False)[0]
 
 
-class Wait(enum.Enum):
-    """What somebody waits for who has more to say than we take now."""
-
-    ROOM = enum.auto()  # a slow listener to catch up
-    TOKEN = enum.auto()  # the next token of their own
-    DRAIN = enum.auto()  # their own private lines to be sent
-
-
 class Connection(Person):
     """A person, and the socket they are at."""
 
-    __slots__ = ("bucket", "household", "send", "sock", "wait", "watched")
+    __slots__ = ("address_group", "full_at", "paused", "send", "sock", "watched", "wire")
 
-    def __init__(self, sock: socket.socket, origin: str, log: Log, bucket: TokenBucket) -> None:
-        super().__init__(origin, TelnetWire(), Outbox(log))
+    def __init__(self, sock: socket.socket, origin: str, log: Log) -> None:
+        super().__init__(origin, Outbox(log))
+        self.wire = TelnetWire()
         self.sock = sock
-        self.send = sock.send
-        self.household = ""  # as what their address is counted, if it is
-        self.bucket = bucket
-        self.wait: Wait | None = None
+        self.send = sock.send  # bound once, for the hot loop
+        self.address_group = ""  # what their address counts as, if it counts
+        self.full_at = 0.0  # when their token bucket is full again
+        self.paused = False  # has more to say than we take now, and is not read
         self.watched = 0  # the events that the selector was asked for
 
 
 class Limits(NamedTuple):
     """What whoever runs the server may set."""
 
-    rate: int = 10  # lines a second from one person; 0 is no limit
-    max_people: int = 1000
-    max_per_address: int = 100  # 0 is no limit
+    rate: int  # lines a second from one person; 0 is no limit
+    max_people: int
+    max_per_address: int  # connections; 0 is no limit
 
 
-def household(host: str) -> str | None:
-    """What a caller's address counts as: itself, an IPv6 /64, or None for this very box."""
+def address_group(host: str) -> str:
+    """What a caller's address counts as: itself, an IPv6 /64, or "" for this very box."""
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     if address.is_loopback:
-        return None
-    network = ipaddress.ip_network((address, 32 if address.version == 4 else 64), strict=False)
-    return str(network)
+        return ""
+    prefix = 32 if address.version == 4 else 64
+    return str(ipaddress.ip_network((address, prefix), strict=False))
 
 
 class Reactor:
@@ -786,20 +754,20 @@ class Reactor:
         self.now = clock()  # when this turn began
         self.chat = Chat()
         self.connections: set[Connection] = set()
-        self.callers: Counter[str] = Counter()  # connections by household
+        self.callers: Counter[str] = Counter()  # connections by address group
 
-        # Those in line to be heard: they have said something, or may have.
+        # Those in line to be listened to: they have said something, or may have.
         self.talkers: OrderedDict[Connection, None] = OrderedDict()
         # Those whose last send came up short, and since when they have taken nothing.
-        self.short: dict[Connection, float] = {}
+        self.backlogged: dict[Connection, float] = {}
         self.failed: list[Connection] = []  # those whom an error of ours hit in this turn
-        self.sent = 0  # the offset up to which everyone was offered the log
+        self.offered = 0  # the offset up to which everyone was offered the log
 
         self.held_until = self.now  # till then the talkers wait for the slowest listener
         self.retry_at = NEVER  # when we accept again, after the system could not
-        self.ends_at = NEVER  # when the house closes, whoever is still there
+        self.ends_at = NEVER  # when the room closes, whoever is still there
         self.naming = Countdown(NAME_SECONDS)
-        self.pacing = Countdown(1 / (limits.rate or 1))
+        self.pacing = Countdown(1 / limits.rate if limits.rate else 0)  # a token's worth
         self.stalled = Countdown(STALL_SECONDS)
         self.closing = Countdown(CLOSING_SECONDS)
         self.countdowns = (self.naming, self.pacing, self.stalled, self.closing)
@@ -826,7 +794,7 @@ class Reactor:
         self._tidy_up()
 
     def stop(self) -> None:
-        """Close the house: tell everyone, send what is owed, wait for them to hang up."""
+        """Close the room: tell everyone, send what is owed, wait for them to hang up."""
         self.ends_at = self.now + SHUTDOWN_SECONDS
         self.held_until = self.now
         if self.retry_at == NEVER:
@@ -836,8 +804,7 @@ class Reactor:
         self.chat.close()
         for connection in self.connections:
             if connection.state is State.NAMING:
-                self.chat.dismiss(connection, SHUTDOWN, "the house closes")
-            self._begin_closing(connection)
+                self.chat.dismiss(connection, SHUTDOWN, "the room closes")
 
     @property
     def held(self) -> bool:
@@ -846,7 +813,7 @@ class Reactor:
     def _patience(self) -> float | None:
         """Seconds that the selector may wait; None is for ever."""
         chat = self.chat
-        if chat.told or chat.log.end > self.sent or (self.talkers and not self.held):
+        if chat.told or chat.log.end > self.offered or (self.talkers and not self.held):
             return 0
         end = min(self.retry_at, self.ends_at, *(timer.next_end() for timer in self.countdowns))
         if self.held:
@@ -857,7 +824,6 @@ class Reactor:
         """Do what has become due."""
         for connection in self.naming.expired(self.now):
             self.chat.dismiss(connection, NAMELESS, "gave no name in time")
-            self._begin_closing(connection)
         for connection in self.pacing.expired(self.now):
             self.talkers[connection] = None
         for connection in self.closing.expired(self.now):
@@ -867,7 +833,7 @@ class Reactor:
             self.selector.register(self.listener, READ, self._accept)
 
     def _read_phase(self, ready: list[tuple[selectors.SelectorKey, int]]) -> list[Connection]:
-        """Hear who has something to say; returns those who can be sent something again."""
+        """Listen to those who talk; returns those who can be sent something again."""
         writable = []
         for key, events in ready:
             connection = key.data
@@ -880,9 +846,9 @@ class Reactor:
                     writable.append(connection)
         if not self.held:
             while self.talkers and len(self.chat.log) <= HOLD_ABOVE:
-                self._guard(self._hear, self.talkers.popitem(last=False)[0])
+                self._guard(self._listen_to, self.talkers.popitem(last=False)[0])
         for connection in self.talkers:
-            connection.wait = Wait.ROOM
+            connection.paused = True
             self._watch(connection)
         return writable
 
@@ -891,16 +857,20 @@ class Reactor:
         log, end = self.chat.log, self.chat.log.end
         told = cast("set[Connection]", self.chat.told)
         self.chat.told = set()
+        for connection in told:
+            if connection.state is State.CLOSING:
+                self._begin_closing(connection)
         with memoryview(log.data) as view:
-            if end > self.sent:
+            if end > self.offered:
                 self._send_news(view)
-            for connection in (told - self.short.keys()).union(writable):
+            # Those with a backlog wait until they are writable.
+            for connection in (told - self.backlogged.keys()).union(writable):
                 self._guard(self._flush, connection, view)
-        self.sent = end
+        self.offered = end
 
     def _send_news(self, view: memoryview) -> None:
         """Send those in the room what was said since the last turn."""
-        start, end = self.sent, self.chat.log.end
+        start, end = self.offered, self.chat.log.end
         size = end - start
         with view[start - self.chat.log.start :] as news:
             for connection in tuple(self.connections):
@@ -916,7 +886,7 @@ class Reactor:
                     else:
                         outbox.advance(sent)
                         self._after_send(connection, sent)
-                elif outbox.cursor < end and connection not in self.short:
+                elif outbox.cursor < end and connection not in self.backlogged:
                     self._guard(self._flush, connection, view)
 
     def _tidy_up(self) -> None:
@@ -927,7 +897,7 @@ class Reactor:
         for connection in self.failed:
             self._drop(connection, "an error of ours")
         self.failed.clear()
-        log.trim(min([self.sent, *(connection.outbox.cursor for connection in self.short)]))
+        log.trim(min([self.offered, *(connection.outbox.cursor for connection in self.backlogged)]))
         if self.held and len(log) < HOLD_BELOW:
             self.held_until = self.now
         elif not self.held and len(log) > HOLD_ABOVE:
@@ -936,14 +906,14 @@ class Reactor:
     def _mind_the_slow(self) -> None:
         """Drop those who hold up the talkers and do not catch up in time."""
         log = self.chat.log
-        for connection in list(self.short):
+        for connection in list(self.backlogged):
             if log.end - connection.outbox.cursor > HOLD_ABOVE:
                 # The selector tells of room only when much of the send buffer is free; ask.
                 with memoryview(log.data) as view:
                     self._guard(self._flush, connection, view)
             if log.end - connection.outbox.cursor <= HOLD_ABOVE:
                 self.stalled.stop(connection)
-            elif self.now - self.short[connection] >= STALL_SECONDS:
+            elif self.now - self.backlogged[connection] >= STALL_SECONDS:
                 self._drop(connection, "takes nothing")
             else:
                 self.stalled.start(connection, self.now)
@@ -962,7 +932,7 @@ class Reactor:
 
     def _accept(self) -> None:
         """Let in those who are calling."""
-        for _ in range(ACCEPT_BATCH if self.ends_at == NEVER else 0):
+        for _ in range(ACCEPT_BATCH if self.ends_at == NEVER else 0):  # it may have closed just now
             try:
                 sock, address = self.listener.accept()
             except BlockingIOError:
@@ -972,7 +942,8 @@ class Reactor:
                 self.selector.unregister(self.listener)
                 self.retry_at = self.now + RETRY_SECONDS
                 return
-            self._welcome(sock, *address[:2])
+            if address:  # macOS gives none for a caller who is gone again
+                self._welcome(sock, *address[:2])
 
     def _welcome(self, sock: socket.socket, host: str, port: int) -> None:
         """Make a caller a connection."""
@@ -980,45 +951,41 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with contextlib.suppress(OSError):  # a kernel that does not know it does without
                 sock.setsockopt(*option)
-        bucket = TokenBucket(self.limits.rate, self.now)
         origin = f"{host.replace('::ffff:', '')} port {port}"
-        connection = Connection(sock, origin, self.chat.log, bucket)
+        connection = Connection(sock, origin, self.chat.log)
         self.connections.add(connection)
         self._watch(connection)
-        self._guard(self._admit, connection, household(host))
+        self._guard(self._admit, connection, host)
 
-    def _admit(self, connection: Connection, home: str | None) -> None:
+    def _admit(self, connection: Connection, host: str) -> None:
         """Greet a caller, or tell them why they can't come in."""
-        limits = self.limits
-        if home:
-            connection.household = home
-            self.callers[home] += 1
+        group, limits = address_group(host), self.limits
+        connection.address_group = group
+        self.callers[group] += 1
         if len(self.connections) - len(self.closing) > limits.max_people:
             self._turn_away(connection, FULL)
-        elif home and 0 < limits.max_per_address < self.callers[home]:
+        elif group and 0 < limits.max_per_address < self.callers[group]:
             self._turn_away(connection, CROWDED)
         else:
-            self.chat.greet(connection)
+            self.chat.tell(connection, GREETING)
             self.naming.start(connection, self.now)
+        if len(self.connections) > limits.max_people + LOBBY:
+            self._forget(next(iter(self.closing)))  # who has taken leave for the longest time
 
     def _turn_away(self, connection: Connection, text: str) -> None:
-        """Tell a caller why they can't come in.  The lobby where they take leave is small."""
+        """Tell a caller why they can't come in."""
         self.chat.dismiss(connection, text, "turned away")
         self._begin_closing(connection)
-        self._flush(connection, memoryview(b""))
-        if len(self.closing) > LOBBY:
-            self._forget(next(iter(self.closing)))
+        self._flush(connection, memoryview(b""))  # now, for their place may be needed in this turn
 
-    def _hear(self, connection: Connection) -> None:
+    def _listen_to(self, connection: Connection) -> None:
         """Handle what somebody sent, and read more where that is all handled."""
-        connection.wait = None
+        connection.paused = False
         if self._handle_lines(connection) and not connection.wire.ended:
             self._receive(connection)
             self._handle_lines(connection)
         if connection.state is not State.NAMING:
             self.naming.stop(connection)
-        if connection.state is State.CLOSING:
-            self._begin_closing(connection)
         self._watch(connection)
 
     def _receive(self, connection: Connection) -> None:
@@ -1031,34 +998,32 @@ class Reactor:
         except OSError as error:
             self._drop(connection, error.strerror or "lost")
             return
-        if connection.state in HEARD:
+        if connection.state in LISTENED_TO:
             wire.feed(data)
             if wire.replies:
                 self.chat.reply(connection, wire.replies)
                 wire.replies = b""
         elif not data:  # they have hung up; all else that comes now is thrown away
             wire.ended = True
-            self._end(connection)
+            self._end_if_done(connection)
 
     def _handle_lines(self, connection: Connection) -> bool:
-        """Handle the lines that we hold of somebody; False where one must wait."""
-        while connection.state in HEARD:
-            if len(self.chat.log) > HOLD_ABOVE:
-                connection.wait = Wait.ROOM
-                self.talkers[connection] = None
-            elif connection.outbox.private > PRIVATE_LIMIT:
-                connection.wait = Wait.DRAIN
-            elif not connection.bucket.has_token(self.now):
-                connection.wait = Wait.TOKEN
-                self.pacing.start(connection, self.now)
-            else:
-                event = connection.wire.next()
-                if event is None:
-                    return True
-                connection.bucket.take()
-                self.chat.hear(connection, event)
-                continue
-            return False
+        """Handle the lines that we hold of somebody; False where they must wait with the rest."""
+        while connection.state in LISTENED_TO:
+            room_is_full = len(self.chat.log) > HOLD_ABOVE
+            no_token = connection.full_at - self.now >= BURST_SECONDS
+            if room_is_full or no_token or connection.outbox.private_bytes > PRIVATE_LIMIT:
+                connection.paused = True
+                if room_is_full:
+                    self.talkers[connection] = None
+                elif no_token:
+                    self.pacing.start(connection, self.now)
+                return False
+            event = connection.wire.next()
+            if event is None:
+                break
+            connection.full_at = max(connection.full_at, self.now) + self.pacing.seconds
+            self.chat.handle(connection, event)
         return True
 
     def _flush(self, connection: Connection, view: memoryview) -> None:
@@ -1068,44 +1033,48 @@ class Reactor:
         sent = 0
         if pieces:
             try:
-                sent = send_pieces(connection.sock, pieces)
+                if HAS_SENDMSG:
+                    sent = connection.sock.sendmsg(pieces)
+                else:
+                    sent = connection.send(b"".join(pieces))
             except OSError as error:
                 sent = self._unsent(connection, error)
         outbox.advance(sent)
         self._after_send(connection, sent)
 
     def _unsent(self, connection: Connection, error: OSError) -> int:
-        """What a send that failed has sent: nothing."""
+        """See to a send that failed; returns the bytes that it sent, none."""
         if not isinstance(error, BlockingIOError):
-            # Nobody is there to hear; but what they said before they went may
-            # still wait to be read, and reading will find the end of it.
+            # Nobody is there any more.  But what they said before they went may
+            # still wait to be read; reading goes on until it finds the end.
             connection.outbox.deafen()
+            with contextlib.suppress(OSError):  # it has ended already
+                connection.sock.shutdown(socket.SHUT_RD)
         return 0
 
     def _after_send(self, connection: Connection, sent: int) -> None:
-        """What follows from how much of what they are owed was sent."""
+        """Do what follows from how much was sent of what they are owed."""
         if connection.outbox.owes:
-            if sent or connection not in self.short:
-                self.short[connection] = self.now
+            if sent or connection not in self.backlogged:
+                self.backlogged[connection] = self.now
         else:
-            self.short.pop(connection, None)
+            self.backlogged.pop(connection, None)
             self.stalled.stop(connection)
-            if connection.state is State.CLOSING:
-                self._end(connection)
-        if connection.wait is Wait.DRAIN and connection.outbox.private <= PRIVATE_LIMIT:
+            self._end_if_done(connection)
+        if connection.paused and connection.outbox.private_bytes <= PRIVATE_LIMIT:
             self.talkers[connection] = None
         self._watch(connection)
 
     def _begin_closing(self, connection: Connection) -> None:
-        """Hear somebody no more: they have some time to take what is owed and hang up."""
-        connection.wait = None
+        """Listen to somebody no more: they have some time to take what is owed and hang up."""
+        connection.paused = False
         self.naming.stop(connection)
         self.pacing.stop(connection)
         self.closing.start(connection, self.now)
         self._watch(connection)
 
-    def _end(self, connection: Connection) -> None:
-        """Close a connection well: say that all is sent, then wait until the peer hangs up.
+    def _end_if_done(self, connection: Connection) -> None:
+        """Close a connection well: end the sending when all is sent, and wait for the peer's end.
 
         A close before that, with input unread, would be a reset, and the peer
         would lose the last lines (RFC 1122, section 4.2.2.13).
@@ -1119,7 +1088,7 @@ class Reactor:
 
     def _drop(self, connection: Connection, why: str) -> None:
         """Lose a connection, with all that it is owed."""
-        if connection.state in HEARD:
+        if connection.state in LISTENED_TO:
             self.chat.leave(connection, why)
         self._forget(connection)
 
@@ -1132,22 +1101,22 @@ class Reactor:
         connection.sock.close()
         self.connections.remove(connection)
         self.talkers.pop(connection, None)
-        self.short.pop(connection, None)
+        self.backlogged.pop(connection, None)
         self.chat.told.discard(connection)
         for timer in self.countdowns:
             timer.stop(connection)
-        if connection.household:
-            self.callers[connection.household] -= 1
-            if not self.callers[connection.household]:
-                del self.callers[connection.household]
+        group = connection.address_group
+        self.callers[group] -= 1
+        if not self.callers[group]:
+            del self.callers[group]
 
     def _watch(self, connection: Connection) -> None:
         """Have the selector look out for just what this connection's state asks for."""
         events = 0
         if connection.state is not State.GONE:
-            if connection.wait is None and not connection.wire.ended:
+            if not connection.paused and not connection.wire.ended:
                 events |= READ
-            if connection in self.short:
+            if connection in self.backlogged:
                 events |= WRITE
         if events == connection.watched:
             return
@@ -1160,17 +1129,12 @@ class Reactor:
         connection.watched = events
 
 
-def send_pieces(sock: socket.socket, pieces: list[Buffer]) -> int:
-    """Send buffers in one system call; returns how many bytes were taken."""
-    return sock.sendmsg(pieces) if HAS_SENDMSG else sock.send(b"".join(pieces))
-
-
 # --------------------------------------------------------------------------
 # 7. main
 # --------------------------------------------------------------------------
 
 
-def number(least: int, most: int) -> Callable[[str], int]:
+def whole_number(least: int, most: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
@@ -1190,12 +1154,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         description="A chat room that people join with telnet.",
         epilog="Ctrl-C closes the room: everyone is told, and is sent all that they are owed.",
     )
-    count = number(0, 1_000_000)
+    count = whole_number(0, 1_000_000)
     for flag, kind, default, what in [
-        ("--port", number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
+        ("--port", whole_number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
         ("--rate", count, 10, "lines a second that one person may send; 0 is no limit"),
         ("--max-people", count, 0, "people at a time; 0 is as many as the system allows"),
-        ("--max-per-address", count, 100, "people from one address; 0 is no limit"),
+        ("--max-per-address", count, 100, "connections from one address; 0 is no limit"),
     ]:
         text = f"{what} (default: %(default)s)"
         parser.add_argument(flag, metavar="N", type=kind, default=default, help=text)
@@ -1242,14 +1206,15 @@ def opening_line(host: str | None, listener: socket.socket) -> str:
 
 
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C and SIGTERM close the house; the second of them ends it at once."""
+    """Have Ctrl-C and SIGTERM close the room; the second of them ends it at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
     ours, pythons = socket.socketpair()
     for end in (ours, pythons):
         end.setblocking(False)
     signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
 
-    def on_signal(number: int, frame: object) -> None:
-        for each in STOP_SIGNALS:
+    def on_signal(signum: int, frame: object) -> None:
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
 
     def on_wakeup() -> None:
@@ -1257,8 +1222,8 @@ def stop_on_signals(reactor: Reactor) -> None:
         logger.info("closing")
         reactor.stop()
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
+    for each in signals:
+        signal.signal(each, on_signal)
     reactor.selector.register(ours, READ, on_wakeup)
 
 
