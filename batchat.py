@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""BATCHAT: a chat room in one file, which people join with telnet.
+"""BATCHAT: a chat room in one file, which people join with telnet or a browser.
 
-    python batchat.py           opens the room on port 1337
-    telnet localhost 1337       joins it
+    python batchat.py           opens the room
+    telnet localhost 1337       joins it, and so does
+    http://localhost:1338/      in a browser
 
 A chat room is a log, and a listener is a place in it.  What is said is
-appended once to the room's log; each listener is a cursor that runs after its
-end, and is sent all that is new in one system call.  One thread turns the
+appended once to the room's log (one for telnet, one for browsers: the same
+words in another format); each listener is a cursor that runs after its end, and is sent all that is new in one system call.  One thread turns the
 wheel: select, read, write, tidy up.
 
 The parts of this file, in reading order:
@@ -14,10 +15,11 @@ The parts of this file, in reading order:
     1. The words        what people read
     2. The limits       every number, with its unit
     3. Log and Outbox   bytes and offsets
-    4. The wire         bytes to lines, by telnet's rules
+    4. The wires        bytes to lines: telnet's rules, and the browser's
     5. Chat             names, commands, who hears what
     6. The reactor      sockets, the selector and the clock
     7. main             options, signals, the opening line
+    8. The page         what a browser shows
 
 Nothing before part 6 knows of sockets or of the time.
 """
@@ -27,21 +29,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import functools
+import io
 import ipaddress
 import logging
 import re
 import selectors
 import signal
 import socket
+import struct
 import sys
 import time
 import unicodedata
+import urllib.parse
+from base64 import b64decode, b64encode
 from collections import Counter, OrderedDict, defaultdict
+from email.utils import formatdate
+from http import HTTPStatus
 from typing import (
-    Any,
+    TYPE_CHECKING,
     Callable,
     Iterator,
     NamedTuple,
+    Tuple,
     Union,
     cast,
 )
@@ -50,6 +60,9 @@ try:
     import resource
 except ImportError:  # Windows has no such limits to raise
     resource = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from email.message import Message
 
 __version__ = "1.0.0"
 
@@ -94,6 +107,8 @@ NAMELESS = "* You gave no name in time, goodbye!\n"
 GOODBYE = "* That was the last try, goodbye!\n"
 SHUTDOWN = "* BATCHAT is closing, goodbye!\n"
 HERE = "* BATCHAT is here.\n"
+TOO_SLOW = "* You asked for nothing in time.\n"
+HELLO = "Hello, World!"
 
 
 # --------------------------------------------------------------------------
@@ -105,6 +120,11 @@ NAME_LIMIT = 24  # characters in a name
 NAME_TRIES = 5
 NAME_SECONDS = 120.0  # until a caller must have given a name
 
+WEB_PORT = 1338  # where browsers look for us, if it is free
+HEAD_LIMIT = 8 << 10  # bytes of a request's head
+HEAD_SECONDS = 10.0  # until a browser must have sent it
+PING_SECONDS = 30.0  # between signs of life, so that no proxy hangs up on a browser
+
 WINDOW = 1 << 20  # bytes that the log never grows beyond, whoever is slow
 HOLD_ABOVE = WINDOW // 2  # bytes behind: talkers wait from here ...
 HOLD_BELOW = WINDOW // 4  # ... until the slowest is back under this
@@ -115,6 +135,7 @@ READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starv
 BACKLOG = 1024  # callers that the system lets wait for us
 ACCEPT_BATCH = 256  # callers let in a turn
 PIECES_LIMIT = 1024  # buffers that one sendmsg takes: IOV_MAX on every system we know
+COMMANDS_A_TOKEN = 64  # commands of telnet or frames of WebSocket that cost as much as a line
 BURST_SECONDS = 5  # of the permitted rate, that may be sent at once
 
 CLOSING_SECONDS = 5.0  # for a leaver to take what is owed and to hang up
@@ -134,21 +155,29 @@ USER_TIMEOUT = 120_000  # or after so many milliseconds without an ACK of what w
 # 3. Log and Outbox
 # --------------------------------------------------------------------------
 
+SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
 FOREVER = sys.maxsize  # an offset that no log ever reaches
 Buffer = Union[bytes, memoryview]
+Splice = Tuple[int, int, bytes]
+NO_SPLICES: list[Splice] = []  # what nearly everyone has: it stays empty, and in the cache
 
 
 class Log:
-    """What was said: a byte stream with absolute offsets, of which the end is kept.
+    """What was said, in one wire's format: a byte stream with absolute offsets.
 
-    It cannot grow or be trimmed while a memoryview of `data` is alive.
+    Its end is kept.  It cannot grow or be trimmed while a memoryview of `data`
+    is alive.
     """
 
-    __slots__ = ("data", "start")
+    __slots__ = ("data", "listeners", "newest", "offered", "start", "wire")
 
-    def __init__(self) -> None:
+    def __init__(self, wire: type[Wire]) -> None:
+        self.wire = wire
         self.data = bytearray()
         self.start = 0  # the offset of data[0]
+        self.newest = 0  # the offset of what was appended last
+        self.offered = 0  # the offset up to which every listener was offered it
+        self.listeners = 0
 
     def __len__(self) -> int:
         return len(self.data)
@@ -158,6 +187,7 @@ class Log:
         return self.start + len(self.data)
 
     def append(self, data: bytes) -> None:
+        self.newest = self.end
         self.data += data
 
     def trim(self, offset: int) -> None:
@@ -183,8 +213,13 @@ class Outbox:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
-        self.splices: list[tuple[int, int, bytes]] = []
+        self.splices: list[Splice] = NO_SPLICES
         self.private_bytes = 0  # bytes in the inserts of all splices
+
+    @property
+    def behind(self) -> int:
+        """Bytes that we keep for this listener; below 0 for who is not in the room."""
+        return self.log.end - self.cursor + len(self.splices) * SPLICE_SIZE
 
     @property
     def owes(self) -> bool:
@@ -192,17 +227,21 @@ class Outbox:
 
     def enter(self) -> None:
         """Follow the log from its end on; inserts that are still owed come first."""
+        self.log.listeners += 1
         self.cursor = self.log.end
-        self.splices = [(self.cursor, 0, insert) for _, _, insert in self.splices]
+        self.splices = [(self.cursor, 0, insert) for _, _, insert in self.splices] or NO_SPLICES
 
     def leave(self) -> None:
         """Hear nothing that is said from now on; what is owed stays owed."""
-        self.skip(self.log.end, FOREVER - self.log.end)
+        self.log.listeners -= 1
+        end = self.log.end
+        if self._reach <= end:
+            self._splice(end, FOREVER - end, b"")
 
     def deafen(self) -> None:
         """Owe nothing any more: nobody is there to take it."""
         self.cursor = FOREVER
-        self.splices.clear()
+        self.splices = NO_SPLICES
         self.private_bytes = 0
 
     def insert(self, data: bytes) -> None:
@@ -210,10 +249,11 @@ class Outbox:
         self.private_bytes += len(data)
         self._splice(max(self._reach, self.log.end), 0, data)
 
-    def skip(self, at: int, size: int) -> None:
-        """Leave out `size` bytes of the log from offset `at` on, its newest."""
-        if at >= self._reach:  # who stands at FOREVER does not hear them anyway
-            self._splice(at, size, b"")
+    def skip_newest(self) -> None:
+        """Leave out what the log got last."""
+        newest = self.log.newest
+        if newest >= self._reach:  # who stands at FOREVER does not hear it anyway
+            self._splice(newest, self.log.end - newest, b"")
 
     @property
     def _reach(self) -> int:
@@ -224,14 +264,16 @@ class Outbox:
         return at + skip
 
     def _splice(self, at: int, skip: int, insert: bytes) -> None:
-        if self.splices and at == self._reach:
+        if not self.splices:
+            self.splices = []  # not the one that all share
+        elif at == self._reach:
             at, before, earlier = self.splices.pop()
             skip, insert = before + skip, earlier + insert
         self.splices.append((at, skip, insert))
 
-    def pieces(self, view: memoryview) -> list[Buffer]:
-        """The buffers to send next, given a view of the whole log; as many as sendmsg takes."""
-        start, cursor = self.log.start, self.cursor
+    def pieces(self) -> list[Buffer]:
+        """The buffers to send next, as many as sendmsg takes; drop them before the log grows."""
+        view, start, cursor = memoryview(self.log.data), self.log.start, self.cursor
         pieces: list[Buffer] = []
         for at, skip, insert in self.splices:
             if len(pieces) > PIECES_LIMIT - 3:  # two for this splice, and one for the end
@@ -262,23 +304,65 @@ class Outbox:
             self.private_bytes -= len(insert)
             self.cursor += skip
             done += 1
-        del self.splices[:done]
+        if done:
+            self.splices = self.splices[done:] or NO_SPLICES
         self.cursor += sent
 
 
 # --------------------------------------------------------------------------
-# 4. The wire
+# 4. The wires
 # --------------------------------------------------------------------------
 
 
 class WireEvent(enum.Enum):
     """What a wire tells of besides lines."""
 
+    OPENED = enum.auto()  # somebody is there to be greeted
     TOO_LONG = enum.auto()  # a line over LINE_LIMIT went by and was thrown away
-    LEAVE = enum.auto()  # Ctrl-C, Ctrl-D, or the end of the stream
+    LEAVE = enum.auto()  # they want to go, or must: Ctrl-C, the end of the stream
 
 
 Event = Union[str, WireEvent]
+
+
+class Wire:
+    """A protocol without sockets: `feed` it bytes, and take the `next` event.
+
+    `replies` gathers what the protocol itself must answer, and `commands` counts
+    what came that is no text, for it costs us time, too.
+    """
+
+    __slots__ = ("commands", "ended", "replies")
+
+    SPEAKS_FIRST = True  # whoever calls is greeted at once
+    PING = b""  # a sign of life
+
+    def __init__(self) -> None:
+        self.ended = False  # the peer will send no more
+        self.replies = b""
+        self.commands = 0
+
+    @staticmethod
+    def encode(text: str) -> bytes:
+        """`text`, whose lines end with "\\n", as it goes over the wire."""
+        raise NotImplementedError
+
+    def feed(self, data: bytes) -> None:
+        """Take what the peer sent; b"" is its end."""
+        raise NotImplementedError
+
+    def next(self) -> Event | None:
+        """The next line or event; None where more must be read first."""
+        raise NotImplementedError
+
+    def turn_away(self, status: HTTPStatus, text: str) -> bytes:
+        """How to say `text` to a caller who is not let in; HTTP says it with a status."""
+        return self.encode(text)
+
+    def farewell(self, going_away: bool) -> bytes:
+        """The last bytes to somebody who leaves, or whom we leave because we go away."""
+        return b""
+
 
 # Controls, line and paragraph separators, and the marks that turn writing
 # around (Unicode UAX #9, 2.1 to 2.5).  TAB stays.  What edits is not here.
@@ -328,38 +412,35 @@ LINE_END = re.compile(rb"\r[\n\0]?")  # CR LF, CR NUL, or CR alone (RFC 854, pag
 LINE = re.compile(rb"([^\n\x03\x04]*)([\n\x03\x04])")
 
 
-def encode(text: str) -> bytes:
-    """`text`, whose lines end with "\\n", as it goes over the wire."""
-    return text.replace("\n", "\r\n").encode()
+class TelnetWire(Wire):
+    """Telnet (RFC 854): lines of text, with commands in between.
 
-
-class TelnetWire:
-    """Telnet's side of a connection (RFC 854): `feed` it bytes, take `next` events.
-
-    It leaves telnet's commands out of the text, refuses every option, and
-    keeps at most one read and one unfinished line.  `replies` gathers what the
-    protocol itself must answer.
+    It refuses every option, and keeps at most one read and one unfinished line.
     """
 
-    __slots__ = ("_after_cr", "_at", "_command", "_skipping", "_text", "ended", "replies")
+    __slots__ = ("_after_cr", "_at", "_command", "_skipping", "_text")
 
     def __init__(self) -> None:
-        self.ended = False  # the peer will send no more
-        self.replies = b""
+        super().__init__()
         self._command = b""  # the beginning of a command whose rest is still to come
         self._after_cr = False  # the last byte was a CR: an LF now belongs to it
         self._text = b""
         self._at = 0  # how far `next` has come in `_text`
         self._skipping = False  # the line is too long; its rest is thrown away
 
+    @staticmethod
+    def encode(text: str) -> bytes:
+        return text.replace("\n", "\r\n").encode()
+
     def feed(self, data: bytes) -> None:
-        """Take what the peer sent; b"" is its end."""
         if not data:
             self.ended = True
             return
         if self._command or b"\xff" in data:
             data, self._command = self._command + data, b""
-            data = TELNET_COMMAND.sub(self._obey, data)
+            replies = [self.replies]
+            data = TELNET_COMMAND.sub(functools.partial(self._obey, replies), data)
+            self.replies = b"".join(replies)
         if data:
             if self._after_cr and data[:1] in (b"\n", b"\0"):
                 data = data[1:]
@@ -367,13 +448,14 @@ class TelnetWire:
             self._text = self._text[self._at :] + LINE_END.sub(b"\n", data)
             self._at = 0
 
-    def _obey(self, command: re.Match[bytes]) -> bytes:
-        """Answer a telnet command; returns what it leaves in the text."""
+    def _obey(self, replies: list[bytes], command: re.Match[bytes]) -> bytes:
+        """Answer a telnet command in `replies`; returns what it leaves in the text."""
+        self.commands += 1
         verb, option, inside, simple, begun = command.groups()
         if verb in OPTION_REFUSALS:  # WONT and DONT only say what is so already
-            self.replies += OPTION_REFUSALS[verb] + option
+            replies.append(OPTION_REFUSALS[verb] + option)
         elif simple == ARE_YOU_THERE:
-            self.replies += encode(HERE)
+            replies.append(self.encode(HERE))
         elif simple:
             return KEYS.get(simple, b"")
         elif inside is not None:
@@ -383,7 +465,6 @@ class TelnetWire:
         return b""
 
     def next(self) -> Event | None:
-        """The next line or signal; None where more must be read first."""
         while True:
             found = LINE.match(self._text, self._at)
             stop = found.end(1) if found else len(self._text)
@@ -402,6 +483,301 @@ class TelnetWire:
                 return clean(found[1].decode("utf-8", "replace"))
 
 
+# A request's head and its first line (RFC 9112, sections 2.2 and 3).
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/1\.(\d)\r?\n")
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
+WEBSOCKET_VERSION = "13"
+
+
+class HTTPError(Exception):
+    """A request that gets a status and, perhaps, headers that say what would be right."""
+
+    def __init__(self, status: HTTPStatus, *headers: str) -> None:
+        super().__init__(status)
+        self.status = status
+        self.headers = headers
+
+
+def respond(status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
+    """A whole response, after which the connection is closed (RFC 9110)."""
+    content = body.encode()
+    head = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"Date: {formatdate(usegmt=True)}",
+        f"Content-Type: text/{kind}; charset=utf-8",
+        f"Content-Length: {len(content)}",
+        "Connection: close",
+        "Cache-Control: no-cache",
+        "X-Content-Type-Options: nosniff",
+        f"Content-Security-Policy: {content_security_policy()}",
+        *headers,
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + content
+
+
+def digest(algorithm: str, text: str) -> str:
+    """A hash of `text`, in base64."""
+    import hashlib  # here, for it takes 4 MB that telnet alone does not need
+
+    return b64encode(hashlib.new(algorithm, text.encode()).digest()).decode()
+
+
+def answer(request: bytes) -> tuple[bytes, bool]:
+    """What to answer to a request's head, and whether it opens a WebSocket; raises HTTPError."""
+    line, _, rest = request.decode("latin-1").partition("\n")
+    found = REQUEST_LINE.fullmatch(line + "\n")
+    if not found:
+        raise HTTPError(HTTPStatus.BAD_REQUEST)
+    method, target, minor = found.groups()
+    import http.client  # here, for it takes 5 MB that telnet alone does not need
+
+    try:
+        headers = http.client.parse_headers(io.BytesIO(rest.encode("latin-1")))
+        path = urllib.parse.urlsplit(target).path
+    except http.client.HTTPException:  # more than a hundred
+        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE) from None
+    except ValueError:
+        raise HTTPError(HTTPStatus.BAD_REQUEST) from None
+    hosts = headers.get_all("Host", [])
+    if headers.defects or len(hosts) > 1 or (not hosts and minor != "0"):
+        raise HTTPError(HTTPStatus.BAD_REQUEST)
+    if path not in ("/", "/hello", "/chat"):
+        raise HTTPError(HTTPStatus.NOT_FOUND)
+    if method not in ("GET", "HEAD"):
+        raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
+    if path == "/":
+        return respond(HTTPStatus.OK, "html", PAGE), False
+    if path == "/hello":
+        return respond(HTTPStatus.OK, "plain", HELLO), False
+    return upgrade(method, headers), True
+
+
+def upgrade(method: str, headers: Message) -> bytes:
+    """The answer that opens a WebSocket (RFC 6455, section 4.2); raises HTTPError."""
+
+    def tokens(name: str) -> list[str]:
+        return [token.strip().lower() for token in ",".join(headers.get_all(name, [])).split(",")]
+
+    if "websocket" not in tokens("Upgrade") or "upgrade" not in tokens("Connection"):
+        raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, "Upgrade: websocket", "Connection: Upgrade")
+    if headers.get("Sec-WebSocket-Version") != WEBSOCKET_VERSION:
+        raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}")
+    key = headers.get("Sec-WebSocket-Key", "").strip()
+    try:
+        good_key = len(b64decode(key, validate=True)) == 16
+    except ValueError:
+        good_key = False
+    if not good_key or method != "GET" or "Host" not in headers:
+        raise HTTPError(HTTPStatus.BAD_REQUEST)
+    # Another site's page may open a WebSocket to us, but it can't lie about its origin.
+    origin = headers.get("Origin")
+    if origin and origin.lower().partition("://")[2] != headers["Host"].strip().lower():
+        raise HTTPError(HTTPStatus.FORBIDDEN)
+    accept = digest("sha1", key + WEBSOCKET_GUID)
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\n"
+        "Upgrade: websocket\r\n"
+        "Connection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {accept}\r\n\r\n"
+    ).encode()
+
+
+# A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
+NEWLINE = re.compile(r"\r\n|\r|\n")
+
+
+class CloseCode(enum.IntEnum):
+    """Why a WebSocket is closed (RFC 6455, section 7.4.1)."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
+    INVALID_DATA = 1007
+    TOO_BIG = 1009
+
+
+class FrameError(Exception):
+    """The peer broke the rules of RFC 6455; the argument is the close code that says how."""
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """One whole message, as a server sends it: in one frame, not masked."""
+    size = len(payload)
+    if size < 126:
+        return struct.pack("!BB", FINAL | opcode, size) + payload
+    if size < 1 << 16:
+        return struct.pack("!BBH", FINAL | opcode, 126, size) + payload
+    return struct.pack("!BBQ", FINAL | opcode, 127, size) + payload
+
+
+def unmask(payload: bytes, key: bytes) -> bytes:
+    """`payload` XOR `key` over and over, in one operation (RFC 6455, section 5.3)."""
+    size = len(payload)
+    keys = (key * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
+
+
+def check_close(payload: bytes) -> None:
+    """See that a close frame from the peer is in order; raises FrameError."""
+    if not payload:
+        return
+    code = int.from_bytes(payload[:2], "big")
+    known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)  # as registered with IANA
+    if len(payload) == 1 or not (known or 3000 <= code <= 4999):
+        raise FrameError(CloseCode.PROTOCOL_ERROR)
+    decode(payload[2:])
+
+
+def decode(payload: bytes) -> str:
+    """The text of a message; raises FrameError where it is no UTF-8."""
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        raise FrameError(CloseCode.INVALID_DATA) from None
+
+
+class WebState(enum.Enum):
+    """What a browser's bytes are to be read as."""
+
+    REQUEST = enum.auto()
+    FRAMES = enum.auto()
+    NOTHING = enum.auto()
+
+
+class WebWire(Wire):
+    """A browser: one HTTP request, which gets a page or opens a WebSocket.
+
+    In a WebSocket (RFC 6455), what we say is one text message a line; what the
+    peer says in one message is one line or more.
+    """
+
+    __slots__ = ("_data", "_lines", "_message", "_state")
+
+    SPEAKS_FIRST = False
+    PING = frame(PING, b"")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state = WebState.REQUEST
+        self._data = b""
+        self._message: bytes | None = None  # the fragments so far of a message
+        self._lines: list[str] = []  # what is left of the last message, its next line last
+
+    @staticmethod
+    def encode(text: str) -> bytes:
+        lines = text.split("\n")
+        if not lines[-1]:
+            lines.pop()  # the text ended with a whole line
+        return b"".join([frame(TEXT, line.encode()) for line in lines])
+
+    def feed(self, data: bytes) -> None:
+        if data:
+            self._data += data
+        else:
+            self.ended = True
+
+    def next(self) -> Event | None:
+        try:
+            while not self._lines:
+                if self._state is WebState.REQUEST:
+                    return self._next_request()
+                if self._state is WebState.NOTHING:
+                    return WireEvent.LEAVE
+                if not self._take_frame():
+                    return WireEvent.LEAVE if self.ended else None
+            return clean(self._lines.pop())
+        except FrameError as error:
+            self.replies += self._close(error.args[0])
+            return WireEvent.LEAVE
+
+    def turn_away(self, status: HTTPStatus, text: str) -> bytes:
+        if self._state is not WebState.REQUEST:
+            return self.encode(text)
+        self._state = WebState.NOTHING
+        return respond(status, "plain", text)
+
+    def farewell(self, going_away: bool) -> bytes:
+        return self._close(CloseCode.GOING_AWAY if going_away else CloseCode.NORMAL)
+
+    def _close(self, code: int) -> bytes:
+        """Read nothing any more; returns a close frame where one is due."""
+        was, self._state = self._state, WebState.NOTHING
+        return frame(CLOSE, struct.pack("!H", code)) if was is WebState.FRAMES else b""
+
+    def _next_request(self) -> Event | None:
+        self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
+        end = HEAD_END.search(self._data)
+        size = end.end() if end else len(self._data)
+        if not end and size <= HEAD_LIMIT:
+            return WireEvent.LEAVE if self.ended else None
+        request, self._data = self._data[:size], self._data[size:]
+        opened = False
+        try:
+            if size > HEAD_LIMIT:
+                raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            reply, opened = answer(request)
+        except HTTPError as error:
+            words = f"{error.status.value} {error.status.phrase}\n"
+            reply = respond(error.status, "plain", words, *error.headers)
+        if request.startswith(b"HEAD "):
+            reply = reply[: reply.index(b"\r\n\r\n") + 4]
+        self.replies += reply
+        self._state = WebState.FRAMES if opened else WebState.NOTHING
+        return WireEvent.OPENED if opened else WireEvent.LEAVE
+
+    def _take_frame(self) -> bool:
+        """Take in the next frame; False where it is not all here; raises FrameError."""
+        data, head = self._data, 2
+        if len(data) < head:
+            return False
+        opcode, size = data[0] & 0x0F, data[1] & 0x7F
+        final, fragments = data[0] & FINAL, self._message or b""
+        if data[0] & RESERVED or not data[1] & MASKED:
+            raise FrameError(CloseCode.PROTOCOL_ERROR)
+        if opcode == BINARY:
+            raise FrameError(CloseCode.UNSUPPORTED_DATA)
+        if opcode in (CLOSE, PING, PONG):
+            good = final and size < 126
+        else:
+            good = opcode == (TEXT if self._message is None else CONTINUATION)
+        if not good:
+            raise FrameError(CloseCode.PROTOCOL_ERROR)
+        if size >= 126:
+            head, least = (4, 126) if size == 126 else (10, 1 << 16)
+            if len(data) < head:
+                return False
+            size = int.from_bytes(data[2:head], "big")
+            if not least <= size < 1 << 63:
+                raise FrameError(CloseCode.PROTOCOL_ERROR)
+        if len(fragments) + size > LINE_LIMIT and opcode in (TEXT, CONTINUATION):
+            raise FrameError(CloseCode.TOO_BIG)
+        end = head + 4 + size
+        if len(data) < end:
+            return False
+        self.commands += 1
+        payload = unmask(data[head + 4 : end], data[head : head + 4])
+        self._data = data[end:]
+        if opcode == PING:
+            self.replies += frame(PONG, payload)
+        elif opcode == CLOSE:
+            check_close(payload)
+            self.replies += frame(CLOSE, payload[:2])
+            self._state = WebState.NOTHING
+        elif opcode != PONG:
+            self._message = fragments + payload
+            if final:
+                lines = NEWLINE.split(decode(self._message))
+                if len(lines) > 1 and not lines[-1]:
+                    lines.pop()  # the message ended with a line break
+                self._lines = lines[::-1]
+                self._message = None
+        return True
+
+
 # --------------------------------------------------------------------------
 # 5. Chat
 # --------------------------------------------------------------------------
@@ -410,6 +786,7 @@ class TelnetWire:
 class State(enum.Enum):
     """How far a person has come; see Chat.handle."""
 
+    CALLING = enum.auto()  # is at the door: a browser that has not asked for anything yet
     NAMING = enum.auto()  # has not given a name yet, and hears nothing
     CHATTING = enum.auto()
     CLOSING = enum.auto()  # is heard no more, but still owed something
@@ -417,7 +794,11 @@ class State(enum.Enum):
     GONE = enum.auto()
 
 
-LISTENED_TO = (State.NAMING, State.CHATTING)  # what comes in any other state is thrown away
+LISTENED_TO = (
+    State.CALLING,
+    State.NAMING,
+    State.CHATTING,
+)  # what comes in any other state is thrown away
 
 
 class Person:
@@ -428,7 +809,7 @@ class Person:
     def __init__(self, origin: str, outbox: Outbox) -> None:
         self.origin = origin  # where they call from, for the log
         self.outbox = outbox
-        self.state = State.NAMING
+        self.state = State.CALLING
         self.name = ""
         self.tries = 0
 
@@ -446,8 +827,11 @@ RESERVED_NAMES = {"you"}  # private lines call their reader so
 
 
 def name_key(name: str) -> str:
-    """The same for every spelling of a name: BOB, \uff42\uff4f\uff42 and bob are one."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    """The same for every spelling of a name: BOB, \uff42\uff4f\uff42 and bob are one (Unicode, D146)."""
+    key = unicodedata.normalize("NFD", name)
+    for _ in range(2):
+        key = unicodedata.normalize("NFKD", key.casefold())
+    return key
 
 
 def check_name(text: str) -> str:
@@ -469,7 +853,7 @@ class Chat:
     """The room: who is in it, what they say, and who hears it."""
 
     def __init__(self) -> None:
-        self.log = Log()
+        self.logs: dict[type[Wire], Log] = {wire: Log(wire) for wire in (TelnetWire, WebWire)}
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.told: set[Person] = set()  # those who were told something and not yet sent it
         # Those who ignore somebody, by whom they ignore.
@@ -479,32 +863,32 @@ class Chat:
 
     def tell(self, person: Person, text: str) -> None:
         """Show `text` to one person alone."""
-        self.reply(person, encode(text))
+        self.reply(person, person.outbox.log.wire.encode(text))
 
     def reply(self, person: Person, data: bytes) -> None:
         """The same, with bytes as they go over the wire."""
         person.outbox.insert(data)
         self.told.add(person)
 
+    def ping(self) -> None:
+        """Give everyone a sign of life, where their wire has one."""
+        for log in self.logs.values():
+            if log.listeners:
+                log.append(log.wire.PING)
+
     def _announce(self, text: str) -> None:
         """Show `text` to everyone in the room."""
-        self.log.append(encode(text))
+        for log in self.logs.values():
+            if log.listeners:
+                log.append(log.wire.encode(text))
 
     def _say(self, speaker: Person, text: str) -> None:
         """Show `text` to everyone but its speaker and those who ignore them."""
-        at = self.log.end
         self._announce(text)
-        size = self.log.end - at
-        speaker.outbox.skip(at, size)
-        for listener in self._ignorers.get(speaker, ()):
-            listener.outbox.skip(at, size)
+        for person in (speaker, *self._ignorers.get(speaker, ())):
+            person.outbox.skip_newest()
 
     # Coming and going
-
-    def dismiss(self, person: Person, text: str, why: str) -> None:
-        """Show `text` to somebody, and have them leave."""
-        self.tell(person, text)
-        self.leave(person, why)
 
     def leave(self, person: Person, why: str) -> None:
         """Let a person go: they hear nothing more, and the others hear that they went."""
@@ -536,19 +920,10 @@ class Chat:
     def handle(self, person: Person, event: Event) -> None:
         """Do what an event means in the state that the person is in."""
         try:
-            if person.state is State.NAMING:
+            if person.state is State.CHATTING:
                 if event is WireEvent.LEAVE:
                     self.leave(person, "hung up")
-                elif event is WireEvent.TOO_LONG or HTTP_REQUEST.match(event):
-                    self.leave(person, "sent no name")  # a browser, or a web page that attacks us
-                elif event.strip().lower() == "/quit":
-                    self.leave(person, "quit")
-                else:
-                    self._enter(person, event)
-            elif person.state is State.CHATTING:
-                if event is WireEvent.LEAVE:
-                    self.leave(person, "hung up")
-                elif event is WireEvent.TOO_LONG:
+                elif isinstance(event, WireEvent):
                     raise Refusal(f"A line has at most {LINE_LIMIT} bytes; yours was not sent.")
                 elif event.startswith("//"):
                     self._say(person, f"<{person.name}> {event[1:]}\n")
@@ -556,6 +931,20 @@ class Chat:
                     self._command(person, event)
                 elif event.strip():
                     self._say(person, f"<{person.name}> {event}\n")
+            elif person.state is State.NAMING:
+                if event is WireEvent.LEAVE:
+                    self.leave(person, "hung up")
+                elif isinstance(event, WireEvent) or HTTP_REQUEST.match(event):
+                    self.leave(person, "sent no name")  # a browser, or a web page that attacks us
+                elif event.strip().lower() == "/quit":
+                    self.leave(person, "quit")
+                else:
+                    self._enter(person, event)
+            elif event is WireEvent.OPENED:
+                person.state = State.NAMING
+                self.tell(person, GREETING)
+            else:
+                self.leave(person, "did not come in")
         except Refusal as why:
             self.tell(person, f"* {why}\n")
 
@@ -565,7 +954,8 @@ class Chat:
         except Refusal as why:
             person.tries += 1
             if person.tries == NAME_TRIES:
-                self.dismiss(person, f"* {why}\n{GOODBYE}", "gave no good name")
+                self.tell(person, f"* {why}\n{GOODBYE}")
+                self.leave(person, "gave no good name")
             else:
                 self.tell(person, f"* {why}\n{PROMPT}")
             return
@@ -702,13 +1092,12 @@ class Countdown:
 class Connection(Person):
     """A person, and the socket they are at."""
 
-    __slots__ = ("address_group", "full_at", "paused", "send", "sock", "watched", "wire")
+    __slots__ = ("address_group", "full_at", "paused", "sock", "watched", "wire")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log) -> None:
         super().__init__(origin, Outbox(log))
-        self.wire = TelnetWire()
+        self.wire = log.wire()
         self.sock = sock
-        self.send = sock.send  # bound once, for the hot loop
         self.address_group = ""  # what their address counts as, if it counts
         self.full_at = 0.0  # when their token bucket is full again
         self.paused = False  # has more to say than we take now, and is not read
@@ -742,18 +1131,18 @@ class Reactor:
 
     def __init__(
         self,
-        listener: socket.socket,
+        doors: dict[socket.socket, type[Wire]],
         limits: Limits,
         selector: selectors.BaseSelector | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.listener = listener
+        self.doors = doors  # the sockets that listen, and what is spoken there
         self.limits = limits
         self.selector = selector or selectors.DefaultSelector()
         self.clock = clock
         self.now = clock()  # when this turn began
         self.chat = Chat()
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}  # in the order in which they lie in memory
         self.callers: Counter[str] = Counter()  # connections by address group
 
         # Those in line to be listened to: they have said something, or may have.
@@ -761,19 +1150,21 @@ class Reactor:
         # Those whose last send came up short, and since when they have taken nothing.
         self.backlogged: dict[Connection, float] = {}
         self.failed: list[Connection] = []  # those whom an error of ours hit in this turn
-        self.offered = 0  # the offset up to which everyone was offered the log
 
         self.held_until = self.now  # till then the talkers wait for the slowest listener
         self.retry_at = NEVER  # when we accept again, after the system could not
+        self.ping_at = self.now + PING_SECONDS  # when everyone gets the next sign of life
         self.ends_at = NEVER  # when the room closes, whoever is still there
+        self.calling = Countdown(HEAD_SECONDS)
         self.naming = Countdown(NAME_SECONDS)
         self.pacing = Countdown(1 / limits.rate if limits.rate else 0)  # a token's worth
         self.stalled = Countdown(STALL_SECONDS)
         self.closing = Countdown(CLOSING_SECONDS)
-        self.countdowns = (self.naming, self.pacing, self.stalled, self.closing)
+        self.countdowns = (self.calling, self.naming, self.pacing, self.stalled, self.closing)
 
-        listener.setblocking(False)
-        self.selector.register(listener, READ, self._accept)
+        for door in doors:
+            door.setblocking(False)
+        self._open_doors()
 
     # The wheel
 
@@ -798,39 +1189,59 @@ class Reactor:
         self.ends_at = self.now + SHUTDOWN_SECONDS
         self.held_until = self.now
         if self.retry_at == NEVER:
-            self.selector.unregister(self.listener)
+            self._close_doors()
         self.retry_at = NEVER
-        self.listener.close()
+        for door in self.doors:
+            door.close()
         self.chat.close()
         for connection in self.connections:
-            if connection.state is State.NAMING:
-                self.chat.dismiss(connection, SHUTDOWN, "the room closes")
+            if connection.state in LISTENED_TO:
+                self._dismiss(connection, HTTPStatus.SERVICE_UNAVAILABLE, SHUTDOWN)
 
     @property
     def held(self) -> bool:
         return self.now < self.held_until
 
-    def _patience(self) -> float | None:
-        """Seconds that the selector may wait; None is for ever."""
-        chat = self.chat
-        if chat.told or chat.log.end > self.offered or (self.talkers and not self.held):
+    @property
+    def _slowest(self) -> int:
+        """Bytes by which the slowest listener is behind."""
+        return max((each.outbox.behind for each in self.backlogged), default=0)
+
+    @property
+    def _room_is_full(self) -> bool:
+        """Whether the talkers must wait until more of what they said is sent."""
+        for log in self.chat.logs.values():
+            if len(log.data) > HOLD_ABOVE:
+                return True
+        return False
+
+    def _patience(self) -> float:
+        """Seconds that the selector may wait."""
+        news = any(log.end > log.offered for log in self.chat.logs.values())
+        if news or self.chat.told or (self.talkers and not self.held):
             return 0
-        end = min(self.retry_at, self.ends_at, *(timer.next_end() for timer in self.countdowns))
+        ends = [timer.next_end() for timer in self.countdowns]
+        end = min(self.retry_at, self.ping_at, self.ends_at, *ends)
         if self.held:
             end = min(end, self.held_until)
-        return None if end == NEVER else max(0, end - self.clock())
+        return max(0, end - self.clock())
 
     def _expire(self) -> None:
         """Do what has become due."""
+        for connection in self.calling.expired(self.now):
+            self._dismiss(connection, HTTPStatus.REQUEST_TIMEOUT, TOO_SLOW)
         for connection in self.naming.expired(self.now):
-            self.chat.dismiss(connection, NAMELESS, "gave no name in time")
+            self._dismiss(connection, HTTPStatus.REQUEST_TIMEOUT, NAMELESS)
         for connection in self.pacing.expired(self.now):
             self.talkers[connection] = None
         for connection in self.closing.expired(self.now):
             self._forget(connection)
         if self.now >= self.retry_at:
             self.retry_at = NEVER
-            self.selector.register(self.listener, READ, self._accept)
+            self._open_doors()
+        if self.now >= self.ping_at:
+            self.ping_at = self.now + PING_SECONDS
+            self.chat.ping()
 
     def _read_phase(self, ready: list[tuple[selectors.SelectorKey, int]]) -> list[Connection]:
         """Listen to those who talk; returns those who can be sent something again."""
@@ -838,14 +1249,14 @@ class Reactor:
         for key, events in ready:
             connection = key.data
             if not isinstance(connection, Connection):
-                connection()  # the listener, or whatever else was registered with what to do
+                connection()  # a door, or whatever else was registered with what to do
             elif connection.state is not State.GONE:
                 if events & READ:
                     self.talkers[connection] = None
                 if events & WRITE:
                     writable.append(connection)
         if not self.held:
-            while self.talkers and len(self.chat.log) <= HOLD_ABOVE:
+            while self.talkers and not self._room_is_full:
                 self._guard(self._listen_to, self.talkers.popitem(last=False)[0])
         for connection in self.talkers:
             connection.paused = True
@@ -854,31 +1265,29 @@ class Reactor:
 
     def _write_phase(self, writable: list[Connection]) -> None:
         """Send everyone what is new to them, each in one system call."""
-        log, end = self.chat.log, self.chat.log.end
         told = cast("set[Connection]", self.chat.told)
         self.chat.told = set()
         for connection in told:
             if connection.state is State.CLOSING:
                 self._begin_closing(connection)
-        with memoryview(log.data) as view:
-            if end > self.offered:
-                self._send_news(view)
-            # Those with a backlog wait until they are writable.
-            for connection in (told - self.backlogged.keys()).union(writable):
-                self._guard(self._flush, connection, view)
-        self.offered = end
+        for log in self.chat.logs.values():
+            if log.end > log.offered:
+                self._send_news(log)
+        # Those with a backlog wait until they are writable.
+        for connection in (told - self.backlogged.keys()).union(writable):
+            self._guard(self._flush, connection)
 
-    def _send_news(self, view: memoryview) -> None:
-        """Send those in the room what was said since the last turn."""
-        start, end = self.offered, self.chat.log.end
+    def _send_news(self, log: Log) -> None:
+        """Send those who follow a log what it got since the last turn."""
+        start, end = log.offered, log.end
         size = end - start
-        with view[start - self.chat.log.start :] as news:
+        with memoryview(log.data)[start - log.start :] as news:
             for connection in tuple(self.connections):
                 outbox = connection.outbox
-                if outbox.cursor == start and not outbox.splices:
+                if outbox.cursor == start and not outbox.splices and outbox.log is log:
                     # Nearly everyone, nearly always; so it has no function of its own.
                     try:
-                        sent = connection.send(news)
+                        sent = connection.sock.send(news)
                     except OSError as error:
                         sent = self._unsent(connection, error)
                     if sent == size:
@@ -886,32 +1295,34 @@ class Reactor:
                     else:
                         outbox.advance(sent)
                         self._after_send(connection, sent)
-                elif outbox.cursor < end and connection not in self.backlogged:
-                    self._guard(self._flush, connection, view)
+                elif outbox.cursor < outbox.log.end and connection not in self.backlogged:
+                    self._guard(self._flush, connection)
+        log.offered = end
 
     def _tidy_up(self) -> None:
         """Forget what nobody needs any more, and see to those who hold up the rest."""
-        log = self.chat.log
-        if self.stalled or len(log) > HOLD_ABOVE:
+        if self.stalled or self._slowest > HOLD_ABOVE:
             self._mind_the_slow()
         for connection in self.failed:
             self._drop(connection, "an error of ours")
         self.failed.clear()
-        log.trim(min([self.offered, *(connection.outbox.cursor for connection in self.backlogged)]))
-        if self.held and len(log) < HOLD_BELOW:
+        for log in self.chat.logs.values():
+            cursors = (each.outbox.cursor for each in self.backlogged if each.outbox.log is log)
+            log.trim(min([log.offered, *cursors]))
+        slowest = self._slowest
+        if self.held and slowest < HOLD_BELOW:
             self.held_until = self.now
-        elif not self.held and len(log) > HOLD_ABOVE:
+        elif not self.held and slowest > HOLD_ABOVE:
             self.held_until = self.now + STALL_SECONDS
 
     def _mind_the_slow(self) -> None:
         """Drop those who hold up the talkers and do not catch up in time."""
-        log = self.chat.log
         for connection in list(self.backlogged):
-            if log.end - connection.outbox.cursor > HOLD_ABOVE:
+            outbox = connection.outbox
+            if outbox.behind > HOLD_ABOVE:
                 # The selector tells of room only when much of the send buffer is free; ask.
-                with memoryview(log.data) as view:
-                    self._guard(self._flush, connection, view)
-            if log.end - connection.outbox.cursor <= HOLD_ABOVE:
+                self._guard(self._flush, connection)
+            if outbox.behind <= HOLD_ABOVE:
                 self.stalled.stop(connection)
             elif self.now - self.backlogged[connection] >= STALL_SECONDS:
                 self._drop(connection, "takes nothing")
@@ -922,7 +1333,7 @@ class Reactor:
 
     # One connection
 
-    def _guard(self, step: Callable[..., None], connection: Connection, *more: Any) -> None:
+    def _guard(self, step: Callable[..., None], connection: Connection, *more: object) -> None:
         """Take a step with one connection; an error in it costs that connection alone."""
         try:
             step(connection, *more)
@@ -930,53 +1341,72 @@ class Reactor:
             logger.exception("an error of ours, with %s", connection.origin)
             self.failed.append(connection)
 
-    def _accept(self) -> None:
+    def _open_doors(self) -> None:
+        for door in self.doors:
+            self.selector.register(door, READ, functools.partial(self._accept, door))
+
+    def _close_doors(self) -> None:
+        for door in self.doors:
+            self.selector.unregister(door)
+
+    def _accept(self, door: socket.socket) -> None:
         """Let in those who are calling."""
-        for _ in range(ACCEPT_BATCH if self.ends_at == NEVER else 0):  # it may have closed just now
+        for _ in range(ACCEPT_BATCH):
+            if self.retry_at != NEVER or self.ends_at != NEVER:
+                return  # the doors were closed in this very turn
             try:
-                sock, address = self.listener.accept()
+                sock, address = door.accept()
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors or memory; it may get better
                 logger.warning("can't accept: %s", error.strerror)
-                self.selector.unregister(self.listener)
+                self._close_doors()
                 self.retry_at = self.now + RETRY_SECONDS
                 return
             if address:  # macOS gives none for a caller who is gone again
-                self._welcome(sock, *address[:2])
+                self._welcome(sock, self.chat.logs[self.doors[door]], *address[:2])
 
-    def _welcome(self, sock: socket.socket, host: str, port: int) -> None:
+    def _welcome(self, sock: socket.socket, log: Log, host: str, port: int) -> None:
         """Make a caller a connection."""
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
             with contextlib.suppress(OSError):  # a kernel that does not know it does without
                 sock.setsockopt(*option)
         origin = f"{host.replace('::ffff:', '')} port {port}"
-        connection = Connection(sock, origin, self.chat.log)
-        self.connections.add(connection)
+        connection = Connection(sock, origin, log)
+        self.connections[connection] = None
         self._watch(connection)
         self._guard(self._admit, connection, host)
 
     def _admit(self, connection: Connection, host: str) -> None:
         """Greet a caller, or tell them why they can't come in."""
         group, limits = address_group(host), self.limits
-        connection.address_group = group
-        self.callers[group] += 1
+        if group:
+            connection.address_group = group
+            self.callers[group] += 1
         if len(self.connections) - len(self.closing) > limits.max_people:
             self._turn_away(connection, FULL)
         elif group and 0 < limits.max_per_address < self.callers[group]:
             self._turn_away(connection, CROWDED)
-        else:
-            self.chat.tell(connection, GREETING)
+        elif connection.wire.SPEAKS_FIRST:
+            self.chat.handle(connection, WireEvent.OPENED)
             self.naming.start(connection, self.now)
+        else:
+            self.calling.start(connection, self.now)
         if len(self.connections) > limits.max_people + LOBBY:
-            self._forget(next(iter(self.closing)))  # who has taken leave for the longest time
+            # Somebody who takes leave goes at once: the first to whom nothing is owed.
+            self._forget(min(self.closing, key=lambda each: each.outbox.owes))
 
     def _turn_away(self, connection: Connection, text: str) -> None:
         """Tell a caller why they can't come in."""
-        self.chat.dismiss(connection, text, "turned away")
+        self._dismiss(connection, HTTPStatus.SERVICE_UNAVAILABLE, text)
         self._begin_closing(connection)
-        self._flush(connection, memoryview(b""))  # now, for their place may be needed in this turn
+        self._flush(connection)  # now, for their place may be needed in this turn
+
+    def _dismiss(self, connection: Connection, status: HTTPStatus, text: str) -> None:
+        """Show `text` to somebody who has no name yet, and have them leave."""
+        self.chat.reply(connection, connection.wire.turn_away(status, text))
+        self.chat.leave(connection, text.strip("* \n"))
 
     def _listen_to(self, connection: Connection) -> None:
         """Handle what somebody sent, and read more where that is all handled."""
@@ -984,7 +1414,11 @@ class Reactor:
         if self._handle_lines(connection) and not connection.wire.ended:
             self._receive(connection)
             self._handle_lines(connection)
-        if connection.state is not State.NAMING:
+        if connection.state is not State.CALLING:
+            self.calling.stop(connection)
+        if connection.state is State.NAMING:
+            self.naming.start(connection, self.now)
+        else:
             self.naming.stop(connection)
         self._watch(connection)
 
@@ -1000,43 +1434,48 @@ class Reactor:
             return
         if connection.state in LISTENED_TO:
             wire.feed(data)
-            if wire.replies:
-                self.chat.reply(connection, wire.replies)
-                wire.replies = b""
         elif not data:  # they have hung up; all else that comes now is thrown away
             wire.ended = True
             self._end_if_done(connection)
 
     def _handle_lines(self, connection: Connection) -> bool:
         """Handle the lines that we hold of somebody; False where they must wait with the rest."""
+        wire, outbox = connection.wire, connection.outbox
         while connection.state in LISTENED_TO:
-            room_is_full = len(self.chat.log) > HOLD_ABOVE
+            room_is_full = len(outbox.log.data) > HOLD_ABOVE  # of every log, for they grow alike
             no_token = connection.full_at - self.now >= BURST_SECONDS
-            if room_is_full or no_token or connection.outbox.private_bytes > PRIVATE_LIMIT:
+            if room_is_full or no_token or outbox.private_bytes > PRIVATE_LIMIT:
                 connection.paused = True
                 if room_is_full:
                     self.talkers[connection] = None
                 elif no_token:
                     self.pacing.start(connection, self.now)
                 return False
-            event = connection.wire.next()
+            event = wire.next()
+            if wire.replies:
+                self.chat.reply(connection, wire.replies)
+                wire.replies = b""
+            if self.pacing.seconds:
+                tokens = (event is not None) + wire.commands / COMMANDS_A_TOKEN
+                wire.commands = 0
+                start = max(connection.full_at, self.now)
+                connection.full_at = start + self.pacing.seconds * tokens
             if event is None:
                 break
-            connection.full_at = max(connection.full_at, self.now) + self.pacing.seconds
             self.chat.handle(connection, event)
         return True
 
-    def _flush(self, connection: Connection, view: memoryview) -> None:
+    def _flush(self, connection: Connection) -> None:
         """Send somebody all that they are owed, as far as their socket takes it."""
         outbox = connection.outbox
-        pieces = outbox.pieces(view)
+        pieces = outbox.pieces()
         sent = 0
         if pieces:
             try:
                 if HAS_SENDMSG:
                     sent = connection.sock.sendmsg(pieces)
                 else:
-                    sent = connection.send(b"".join(pieces))
+                    sent = connection.sock.send(b"".join(pieces))
             except OSError as error:
                 sent = self._unsent(connection, error)
         outbox.advance(sent)
@@ -1068,8 +1507,12 @@ class Reactor:
     def _begin_closing(self, connection: Connection) -> None:
         """Listen to somebody no more: they have some time to take what is owed and hang up."""
         connection.paused = False
-        self.naming.stop(connection)
-        self.pacing.stop(connection)
+        for timer in (self.calling, self.naming, self.pacing):
+            timer.stop(connection)
+        self._release_address(connection)
+        farewell = connection.wire.farewell(self.ends_at != NEVER)
+        if farewell:
+            connection.outbox.insert(farewell)
         self.closing.start(connection, self.now)
         self._watch(connection)
 
@@ -1099,16 +1542,21 @@ class Reactor:
         connection.state = State.GONE
         self._watch(connection)
         connection.sock.close()
-        self.connections.remove(connection)
+        del self.connections[connection]
         self.talkers.pop(connection, None)
         self.backlogged.pop(connection, None)
         self.chat.told.discard(connection)
         for timer in self.countdowns:
             timer.stop(connection)
-        group = connection.address_group
-        self.callers[group] -= 1
-        if not self.callers[group]:
-            del self.callers[group]
+        self._release_address(connection)
+
+    def _release_address(self, connection: Connection) -> None:
+        """Count a connection no more among those from its address."""
+        group, connection.address_group = connection.address_group, ""
+        if group:
+            self.callers[group] -= 1
+            if not self.callers[group]:
+                del self.callers[group]
 
     def _watch(self, connection: Connection) -> None:
         """Have the selector look out for just what this connection's state asks for."""
@@ -1157,15 +1605,17 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     count = whole_number(0, 1_000_000)
     for flag, kind, default, what in [
         ("--port", whole_number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
+        ("--web-port", whole_number(0, 65535), None, "the same for browsers (default: 1338)"),
         ("--rate", count, 10, "lines a second that one person may send; 0 is no limit"),
         ("--max-people", count, 0, "people at a time; 0 is as many as the system allows"),
         ("--max-per-address", count, 100, "connections from one address; 0 is no limit"),
     ]:
-        text = f"{what} (default: %(default)s)"
+        text = what if default is None else f"{what} (default: %(default)s)"
         parser.add_argument(flag, metavar="N", type=kind, default=default, help=text)
     parser.add_argument(
         "--host", metavar="ADDRESS", help="address to listen on (default: every one, IPv4 and IPv6)"
     )
+    parser.add_argument("--no-web", action="store_true", help="open no door for browsers")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more of what happens")
     parser.add_argument("--version", action="version", version=f"BATCHAT {__version__}")
     return parser.parse_args(arguments)
@@ -1193,16 +1643,26 @@ def open_listener(host: str | None, port: int) -> socket.socket:
     return socket.create_server(cast("tuple[str, int]", address), family=family, backlog=BACKLOG)
 
 
-def opening_line(host: str | None, listener: socket.socket) -> str:
+def open_web_listener(host: str | None, port: int | None) -> socket.socket:
+    """The same for browsers; any free port will do where none was asked for and ours is taken."""
+    try:
+        return open_listener(host, WEB_PORT if port is None else port)
+    except OSError:
+        if port is not None:
+            raise
+        return open_listener(host, 0)
+
+
+def opening_line(host: str | None, doors: list[socket.socket]) -> str:
     """Where the room is, and how to join it."""
-    port = listener.getsockname()[1]
-    if host:
-        return f"BATCHAT is open on {host}, port {port}. Join it: telnet {host} {port}"
-    kinds = "IPv4 and IPv6" if listener.family == socket.AF_INET6 else "IPv4"
-    return (
-        f"BATCHAT is open on every address of this box ({kinds}), port {port}. "
-        f"Join it: telnet localhost {port}, or from another box: telnet {socket.gethostname()} {port}"
-    )
+    ports = [door.getsockname()[1] for door in doors]
+    kinds = "IPv4 and IPv6" if doors[0].family == socket.AF_INET6 else "IPv4"
+    where = host or f"every address of this box ({kinds})"
+    name = host or "localhost"
+    line = f"BATCHAT is open on {where}, port {ports[0]}. Join it: telnet {name} {ports[0]}"
+    if ports[1:]:
+        line += f", or in a browser: http://{f'[{name}]' if ':' in name else name}:{ports[1]}/"
+    return line if host else f"{line} (from another box: {socket.gethostname()} for localhost)"
 
 
 def stop_on_signals(reactor: Reactor) -> None:
@@ -1213,9 +1673,13 @@ def stop_on_signals(reactor: Reactor) -> None:
         end.setblocking(False)
     signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
 
+    received = []
+
     def on_signal(signum: int, frame: object) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
+        received.append(signum)
+        if received[1:]:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     def on_wakeup() -> None:
         ours.recv(16)
@@ -1238,19 +1702,218 @@ def main(arguments: list[str] | None = None) -> int:
     most = max(1, raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY)
     people = min(most, options.max_people or most)
     limits = Limits(options.rate, people, options.max_per_address)
+    host, port = options.host, options.port
     try:
-        listener = open_listener(options.host, options.port)
+        doors: dict[socket.socket, type[Wire]] = {open_listener(host, port): TelnetWire}
+        if not options.no_web:
+            port = options.web_port
+            doors[open_web_listener(host, port)] = WebWire
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "that is no address"
         why = why.partition(" (while")[0]  # create_server() says again where
-        where = options.host or "every address"
-        print(f"batchat: can't listen on {where}, port {options.port}: {why}", file=sys.stderr)
+        print(
+            f"batchat: can't listen on {host or 'any address'}, port {port}: {why}", file=sys.stderr
+        )
         return 1
-    reactor = Reactor(listener, limits)
+    reactor = Reactor(doors, limits)
     stop_on_signals(reactor)
-    print(opening_line(options.host, listener), flush=True)
+    print(opening_line(host, list(doors)), flush=True)
     reactor.run()
     return 0
+
+
+# --------------------------------------------------------------------------
+# 8. The page
+# --------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --soft: #5b6066; --rule: #d4d7da;
+  --own: #0b5394; --private: #7a1fa2; --shade: 32%; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14161a; --ink: #e8e8e6; --soft: #a0a6ad; --rule: #363b42;
+    --own: #8fc1ff; --private: #dca6f5; --shade: 74%; }
+}
+* { box-sizing: border-box; margin: 0; }
+html, body { height: 100%; }
+body { display: flex; flex-direction: column; height: 100dvh; background: var(--paper);
+  color: var(--ink); font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+main { flex: 1; overflow-y: auto; padding: 1rem max(1rem, 50vw - 28rem); }
+p { min-height: 1.45em; white-space: pre-wrap; overflow-wrap: anywhere; }
+.banner { white-space: pre; font-size: min(1em, 2.2vw); line-height: 1.2; min-height: 1em; }
+.notice { color: var(--soft); }
+.own { color: var(--own); }
+.private { color: var(--private); font-style: italic; }
+.name { color: hsl(var(--hue) 65% var(--shade)); font-weight: bold; }
+.action { font-style: italic; }
+footer { border-top: 1px solid var(--rule); padding: .6rem max(1rem, 50vw - 28rem); }
+input { width: 100%; padding: .5rem .7rem; font: inherit; color: inherit; background: transparent;
+  border: 1px solid var(--soft); border-radius: .4rem; }
+input:focus-visible, button:focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
+#status { color: var(--soft); min-height: 0; }
+#more { display: block; margin: 0 auto .6rem; padding: .3rem .9rem; font: inherit; cursor: pointer;
+  color: var(--paper); background: var(--own); border: 0; border-radius: 1rem; }
+#more[hidden] { display: none; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (prefers-reduced-motion: no-preference) { main.smooth { scroll-behavior: smooth; } }
+"""
+
+SCRIPT = r"""
+"use strict";
+const LINES_KEPT = 5000;
+const log = document.querySelector("main"), form = document.querySelector("form");
+const input = document.querySelector("input"), more = document.querySelector("#more");
+const status = document.querySelector("#status");
+const prompt = log.dataset.prompt, lineLimit = Number(log.dataset.lineLimit);
+
+let socket;        // the WebSocket of now
+let name = "";     // ours, once we have one; we ask for it again when we come back
+let resuming;      // we are coming back: the banner is no news
+let banner;        // the lines that come are the banner's, until the first empty one
+let pause = 1;     // seconds until the next try to come back
+let below = 0;     // new lines under the end of the screen
+let unread = 0;    // new lines since the tab was hidden
+
+function connect() {
+  const url = new URL("chat", location.href);
+  url.protocol = url.protocol.replace("http", "ws");
+  socket = new WebSocket(url);
+  socket.onopen = () => { status.textContent = ""; resuming = name !== ""; banner = true; };
+  socket.onmessage = event => receive(event.data);
+  socket.onclose = event => {
+    if (event.code === 1000) {
+      name = "";
+      status.textContent = "You have left. Press Enter to join again.";
+    } else {
+      status.textContent = `The line is lost. Trying again in ${pause} s.`;
+      setTimeout(connect, pause * 1000);
+      pause = Math.min(pause * 2, 30);
+    }
+  };
+}
+
+function receive(text) {
+  if (resuming) {
+    if (text !== prompt) return;
+    resuming = false;
+    socket.send(name);
+    return;
+  }
+  const welcome = /^Hey, (\S+)! Hope/.exec(text), renamed = /^\* (\S+) is now known as (\S+)$/.exec(text);
+  if (welcome) { name = welcome[1]; pause = 1; }
+  if (renamed && renamed[1] === name) name = renamed[2];
+  if (text === "") banner = false;
+  show(text, banner ? "banner" : kindOf(text));
+}
+
+function kindOf(text) {
+  if (text.startsWith("** ")) return "action";
+  if (text.startsWith("* ")) return "notice";
+  if (text.startsWith("[")) return "private";
+  return "said";
+}
+
+function show(text, kind) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  const line = document.createElement("p");
+  line.className = kind;
+  const parts = kind === "said" || kind === "action" || kind === "private"
+    ? /^(<|\*\* |\[)([^\s>]+)(.*)$/.exec(text) : null;
+  if (parts) {
+    const who = document.createElement("span");
+    who.className = "name";
+    who.style.setProperty("--hue", hueOf(parts[2]));
+    who.textContent = parts[2];
+    line.append(parts[1], who, parts[3]);
+  } else {
+    line.textContent = text;
+  }
+  log.append(line);
+  if (log.childElementCount > LINES_KEPT) log.firstElementChild.remove();
+  if (atEnd || kind === "own") toEnd(); else below += 1;
+  if (document.hidden) unread += 1;
+  count();
+}
+
+function hueOf(name) {
+  let hash = 0;
+  for (const character of name.toLowerCase()) hash = (hash * 31 + character.codePointAt(0)) % 99991;
+  return hash % 360;
+}
+
+function toEnd() { log.scrollTop = log.scrollHeight; below = 0; }
+
+function count() {
+  more.hidden = below === 0;
+  more.textContent = `\u2193 ${below} new ${below === 1 ? "line" : "lines"}`;
+  document.title = unread ? `(${unread}) BATCHAT` : "BATCHAT";
+}
+
+function say(text) {
+  if (new TextEncoder().encode(text).length > lineLimit) {
+    show(`* A line has at most ${lineLimit} bytes; yours was not sent.`, "notice");
+    return;
+  }
+  socket.send(text);
+  show(text, "own");
+}
+
+form.addEventListener("submit", event => {
+  event.preventDefault();
+  if (socket.readyState === WebSocket.CLOSED && !name) { connect(); return; }
+  if (socket.readyState !== WebSocket.OPEN) return;  // what was typed stays
+  say(input.value);
+  input.value = "";
+});
+
+input.addEventListener("paste", event => {  // an input would make one line of many
+  const lines = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
+  if (lines.length === 1 || socket.readyState !== WebSocket.OPEN) return;
+  event.preventDefault();
+  lines[0] = input.value + lines[0];
+  input.value = lines.pop();
+  for (const line of lines) say(line);
+});
+
+log.addEventListener("scroll", () => {
+  if (log.scrollHeight - log.scrollTop - log.clientHeight < 40) { below = 0; count(); }
+});
+log.addEventListener("click", () => { if (!getSelection().toString()) input.focus(); });
+more.addEventListener("click", () => { toEnd(); count(); input.focus(); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden) { unread = 0; count(); } });
+
+connect();
+"""
+
+PAGE = f"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>BATCHAT</title>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
+<main role="log" aria-label="The chat" aria-live="polite" tabindex="0"
+  data-prompt="{PROMPT}" data-line-limit="{LINE_LIMIT}"></main>
+<footer>
+<button id="more" type="button" hidden></button>
+<p id="status" role="status"></p>
+<form>
+<label class="unseen" for="line">Your name, and then what you say</label>
+<input id="line" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus>
+</form>
+</footer>
+<script>{SCRIPT}</script>
+</html>
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def content_security_policy() -> str:
+    """What a page of ours may do: run its own script and style, by their hashes, and no more."""
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest('sha256', SCRIPT)}'; "
+        f"style-src 'sha256-{digest('sha256', STYLE)}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 if __name__ == "__main__":

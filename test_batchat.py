@@ -7,8 +7,11 @@ telnet program.  Everything talks to loopback addresses alone.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import os
 import re
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,11 +32,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchat
-from batchat import Chat, Limits, Log, Outbox, Person, Reactor, State, TelnetWire, WireEvent
+from batchat import (
+    Chat,
+    Limits,
+    Log,
+    Outbox,
+    Person,
+    Reactor,
+    State,
+    TelnetWire,
+    WebWire,
+    WireEvent,
+)
 
 BATCHAT = Path(batchat.__file__)
 PATIENCE = 20  # seconds that a test waits for what must come, before it gives up
-GREETING = batchat.encode(batchat.GREETING)
+GREETING = TelnetWire.encode(batchat.GREETING)
 
 settings.register_profile("batchat", deadline=None)
 settings.load_profile("batchat")
@@ -54,8 +69,7 @@ class Listener:
 
     def take(self, most: int) -> None:
         """Be sent at most so many bytes."""
-        with memoryview(self.outbox.log.data) as view:
-            sent = b"".join(self.outbox.pieces(view))[:most]
+        sent = b"".join(self.outbox.pieces())[:most]
         self.got += sent
         self.outbox.advance(len(sent))
 
@@ -75,17 +89,17 @@ STEPS = st.one_of(
 
 @given(st.lists(STEPS, max_size=60))
 def test_every_listener_gets_just_what_a_list_of_their_own_would_hold(steps):
-    log = Log()
+    log = Log(TelnetWire)
     listeners = [Listener(log) for _ in range(4)]
     for step, *rest in steps:
         if step == "trim":
             log.trim(min([log.end, *(each.outbox.cursor for each in listeners)]))
         elif step == "say":
-            at, (speaker, text) = log.end, rest
+            speaker, text = rest
             log.append(text)
             for number, listener in enumerate(listeners):
                 if number == speaker:
-                    listener.outbox.skip(at, len(text))
+                    listener.outbox.skip_newest()
                 elif listener.inside:
                     listener.owed += text
         else:
@@ -118,14 +132,13 @@ def test_every_listener_gets_just_what_a_list_of_their_own_would_hold(steps):
 
 
 def test_one_send_never_takes_more_pieces_than_the_system_does():
-    log = Log()
+    log = Log(TelnetWire)
     listener = Listener(log)
     listener.outbox.enter()
     for _ in range(3000):
         log.append(b"a line")
         listener.outbox.insert(b"a reply")
-    with memoryview(log.data) as view:
-        assert 1000 <= len(listener.outbox.pieces(view)) <= 1024
+    assert 1000 <= len(listener.outbox.pieces()) <= 1024
     while listener.outbox.owes:
         listener.take(10**9)
     assert listener.got == b"a linea reply" * 3000
@@ -143,7 +156,7 @@ def events_of(*reads: bytes) -> tuple[list, bytes]:
         if read:
             wire.feed(read)
         events += iter(wire.next, None)
-    return events, wire.replies
+    return events, bytes(wire.replies)
 
 
 def lines_of(*reads: bytes) -> list:
@@ -317,6 +330,312 @@ def test_backspace_and_delete_erase_the_character_before_and_ctrl_u_the_line():
 
 
 # --------------------------------------------------------------------------
+# The browser's wire
+# --------------------------------------------------------------------------
+
+HANDSHAKE = {
+    "Host": "chat.example:1338",
+    "Upgrade": "websocket",
+    "Connection": "keep-alive, Upgrade",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec-WebSocket-Version": "13",
+    "Origin": "http://chat.example:1338",
+}
+
+
+def request(line: str, headers: dict[str, str | None], **changes: str | None) -> bytes:
+    """A request's head; a change of None leaves that header out."""
+    headers = {**headers, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items() if value is not None)]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+OPENING = request("GET /chat HTTP/1.1", HANDSHAKE)
+
+
+def masked(
+    opcode: int, payload: bytes, final: bool = True, key: bytes = b"\x37\xfa\x21\x3d"
+) -> bytes:
+    """A frame as a client sends it."""
+    whole = batchat.frame(opcode, payload)
+    size = len(whole) - len(payload)
+    head = bytes([whole[0] & (0xFF if final else 0x7F), whole[1] | 0x80]) + whole[2:size]
+    return head + key + bytes(byte ^ key[at % 4] for at, byte in enumerate(payload))
+
+
+def frames_of(data: bytes) -> list[tuple[int, bytes]]:
+    """The whole frames that a server sent, as opcodes and payloads."""
+    frames = []
+    while len(data) >= 2:
+        size, head = data[1], 2
+        if size >= 126:
+            head = 4 if size == 126 else 10
+            size = int.from_bytes(data[2:head], "big")
+        if len(data) < head + size:
+            break
+        frames.append((data[0], data[head : head + size]))
+        data = data[head + size :]
+    assert not data
+    return frames
+
+
+def web_events_of(*reads: bytes) -> tuple[list, bytes]:
+    """As the telnet wire's: the events up to the end, and the answers."""
+    wire, events = WebWire(), []
+    for read in reads:
+        if read:
+            wire.feed(read)
+        while (event := wire.next()) is not None:
+            events.append(event)
+            if event is WireEvent.LEAVE:
+                break
+    while events[-2:] == [WireEvent.LEAVE] * 2:
+        events.pop()
+    return events, re.sub(rb"Date: .*\r\n", b"", bytes(wire.replies))
+
+
+def asked(head: bytes) -> tuple[int, dict[str, str], bytes]:
+    """What a request gets: the status, the headers, the body."""
+    _, reply = web_events_of(head)
+    head, _, body = reply.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+def said(*frames: bytes) -> tuple[list, list]:
+    """What comes of frames in an open WebSocket: events, and frames in answer."""
+    events, replies = web_events_of(OPENING + b"".join(frames))
+    assert events[0] is WireEvent.OPENED
+    return events[1:], frames_of(replies.partition(b"\r\n\r\n")[2])
+
+
+FRAMES = st.lists(
+    st.one_of(
+        st.builds(
+            masked,
+            st.sampled_from([0, 1, 1, 1, 9, 10]),
+            st.sampled_from([b"", b"hi", b"a\nb\r\nc\n", "\u00e9\U0001f600".encode()]),
+            st.booleans(),
+        ),
+        st.builds(
+            masked,
+            st.integers(0, 15),
+            st.binary(max_size=130),
+            st.booleans(),
+            st.binary(min_size=4, max_size=4),
+        ),
+        st.sampled_from(
+            [masked(1, b"x" * 4096), masked(1, b"x" * 4097), masked(8, b"\x03\xe8bye")]
+        ),
+        st.binary(max_size=4),
+    ),
+    max_size=8,
+).map(b"".join)
+REQUESTS = st.one_of(
+    st.just(OPENING),
+    st.sampled_from(
+        [
+            b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"\r\n" + OPENING,
+            OPENING.replace(b"\r\n", b"\n"),
+        ]
+    ),
+    st.binary(max_size=20),
+    st.builds(
+        lambda a, b: OPENING[: a % len(OPENING)] + b + OPENING[a % len(OPENING) :],
+        st.integers(0, 999),
+        st.binary(max_size=3),
+    ),
+)
+
+
+@given(REQUESTS, FRAMES, st.lists(st.integers(0, 10**6), max_size=12))
+def test_however_a_browsers_bytes_are_cut_up_the_events_and_answers_are_the_same(
+    head, frames, places
+):
+    data = head + frames
+    assert web_events_of(*cut(data, places)) == web_events_of(data)
+
+
+@given(st.one_of(FRAMES, st.binary(max_size=200)))
+def test_whatever_arrives_a_websocket_waits_or_is_closed_with_a_code_that_says_why(frames):
+    events, replies = said(frames)
+    codes = [payload for first, payload in replies if first == 0x88]
+    assert len(codes) == (1 if WireEvent.LEAVE in events else 0)
+    if codes and codes[0]:
+        code = int.from_bytes(codes[0], "big")
+        assert code in (1002, 1003, 1007, 1009) or 1000 <= code < 5000
+    assert all(first in (0x88, 0x8A) for first, _ in replies)
+
+
+@given(st.binary(max_size=300))
+def test_whatever_is_asked_gets_an_answer_or_is_waited_for(data):
+    events, reply = web_events_of(data)
+    assert events in ([], [WireEvent.LEAVE])
+    assert not events or reply.startswith(b"HTTP/1.1 ")
+
+
+def test_the_handshake_of_the_rfc_is_answered_as_it_says():
+    status, headers, _ = asked(OPENING)
+    assert status == 101
+    assert headers["Sec-WebSocket-Accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+    assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "Upgrade")
+
+
+@pytest.mark.parametrize(
+    ("status", "line", "changes"),
+    [
+        (101, "GET /chat HTTP/1.1", {"Origin": None}),
+        (101, "GET /chat HTTP/1.1", {"Upgrade": "h2c, WebSocket", "Connection": "upgrade"}),
+        (426, "GET /chat HTTP/1.1", {"Upgrade": None}),
+        (426, "GET /chat HTTP/1.1", {"Connection": "keep-alive"}),
+        (426, "GET /chat HTTP/1.1", {"Sec_WebSocket_Version": "8"}),
+        (426, "GET /chat HTTP/1.1", {"Sec_WebSocket_Version": None}),
+        (400, "GET /chat HTTP/1.1", {"Sec_WebSocket_Key": None}),
+        (400, "GET /chat HTTP/1.1", {"Sec_WebSocket_Key": "c2hvcnQ="}),
+        (400, "GET /chat HTTP/1.1", {"Sec_WebSocket_Key": "no base64!"}),
+        (403, "GET /chat HTTP/1.1", {"Origin": "http://evil.example"}),
+        (403, "GET /chat HTTP/1.1", {"Origin": "http://chat.example"}),
+        (403, "GET /chat HTTP/1.1", {"Origin": "null"}),
+        (405, "POST /chat HTTP/1.1", {}),
+        (400, "GET /chat HTTP/1.1", {"Host": None}),
+        (400, "GET / HTTP/1.1", {"Host": None}),
+        (200, "GET / HTTP/1.0", {"Host": None}),
+        (200, "GET /?from=here HTTP/1.1", {}),
+        (200, "GET http://chat.example:1338/hello HTTP/1.1", {}),
+        (404, "GET /nothing HTTP/1.1", {}),
+        (405, "DELETE /hello HTTP/1.1", {}),
+        (400, "GET / HTTP/2.0", {}),
+        (400, "GET /  HTTP/1.1", {}),
+        (400, "nonsense", {}),
+        (400, "GET / HTTP/1.1", {"Bad header name": "x"}),
+        (400, "GET http://[/ HTTP/1.1", {}),
+        (431, "GET / HTTP/1.1", {"Cookie": "x" * 8192}),
+        (431, "GET / HTTP/1.1", {f"X-{n}": "x" for n in range(200)}),
+    ],
+)
+def test_every_request_gets_the_status_that_the_rfcs_give_it(status, line, changes):
+    got, headers, _ = asked(request(line, HANDSHAKE, **changes))
+    assert got == status
+    if status == 405:
+        assert headers["Allow"] == "GET, HEAD"
+    if status == 426:
+        assert headers.get("Upgrade") == "websocket" or headers["Sec-WebSocket-Version"] == "13"
+
+
+def test_two_hosts_are_refused():
+    assert asked(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")[0] == 400
+
+
+def test_a_head_over_8_kib_is_refused_before_it_ends():
+    assert asked(b"GET / HTTP/1.1\r\nCookie: " + b"x" * 8192)[0] == 431
+
+
+def test_hello_world_is_a_web_page():
+    status, headers, body = asked(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, body) == (200, b"Hello, World!")
+    assert headers["Content-Length"] == "13"
+    assert headers["Connection"] == "close"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Cache-Control"] == "no-cache"
+
+
+def test_head_gets_the_same_headers_and_no_body():
+    got, wanted = (
+        asked(f"{verb} / HTTP/1.1\r\nHost: x\r\n\r\n".encode()) for verb in ("HEAD", "GET")
+    )
+    assert got == (*wanted[:2], b"")
+    assert len(wanted[2]) == int(wanted[1]["Content-Length"]) > 1000
+
+
+def test_the_page_may_run_its_own_script_and_style_and_nothing_else():
+    _, headers, page = asked(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';")
+    for tag in ("script", "style"):
+        source = re.search(rf"<{tag}>(.*)</{tag}>".encode(), page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+    assert b"http:" not in page
+    assert b"https:" not in page
+
+
+def test_the_frames_of_the_rfc_are_read_and_written_as_it_says():
+    # Section 5.7: a masked "Hello"; the same in two fragments, masked; a masked pong.
+    assert said(bytes.fromhex("818537fa213d7f9f4d5158")) == (["Hello"], [])
+    assert said(masked(1, b"Hel", final=False), masked(0, b"lo")) == (["Hello"], [])
+    assert said(bytes.fromhex("8a8537fa213d7f9f4d5158")) == ([], [])
+    # An unmasked "Hello", as a server sends it; 256 bytes, and 64 KiB.
+    assert batchat.frame(1, b"Hello") == bytes.fromhex("810548656c6c6f")
+    assert batchat.frame(2, b"x" * 256)[:4] == bytes.fromhex("827e0100")
+    assert batchat.frame(2, b"x" * 65536)[:10] == bytes.fromhex("827f0000000000010000")
+    assert batchat.frame(1, b"x" * 125)[:2] == bytes.fromhex("817d")
+
+
+def test_a_ping_is_answered_with_its_pong_also_between_fragments():
+    assert said(masked(1, b"Hel", final=False), masked(9, b"?"), masked(0, b"lo")) == (
+        ["Hello"],
+        [(0x8A, b"?")],
+    )
+
+
+def test_a_line_break_inside_a_message_makes_several_lines():
+    assert said(masked(1, b"a\nb\r\nc\rd\n")) == (["a", "b", "c", "d"], [])
+
+
+@pytest.mark.parametrize(
+    ("code", "frame"),
+    [
+        (1002, bytes.fromhex("810548656c6c6f")),  # not masked
+        (1002, b"\xc1" + masked(1, b"x")[1:]),  # a reserved bit
+        (1002, masked(3, b"x")),  # no such opcode
+        (1002, masked(11, b"x")),
+        (1002, masked(0, b"x")),  # goes on with nothing
+        (1002, masked(1, b"x", final=False) + masked(1, b"y")),  # a message in a message
+        (1002, masked(9, b"x", final=False)),  # a control frame in fragments
+        (1002, masked(9, b"x" * 126)),  # or too long
+        (1002, b"\x81\xfe\x00\x05" + masked(1, b"Hello")[2:]),  # a length in too many bytes
+        (1002, b"\x81\xff\xff" + bytes(7)),  # or below zero
+        (1002, masked(8, b"x")),  # half a close code
+        (1002, masked(8, b"\x03\xed")),  # 1005, which is never sent
+        (1003, masked(2, b"x")),
+        (1007, masked(1, b"\xff")),
+        (1007, masked(8, b"\x03\xe8\xff")),
+        (1009, masked(1, b"x" * 4097)),
+        (1009, masked(1, b"x" * 70_000)[:14]),  # before any of it has come
+        (1009, masked(1, b"x" * 4000, final=False) + masked(0, b"x" * 97)),
+    ],
+)
+def test_whoever_breaks_the_rules_is_told_which(code, frame):
+    assert said(frame, masked(1, b"never read")) == (
+        [WireEvent.LEAVE],
+        [(0x88, code.to_bytes(2, "big"))],
+    )
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x03\xe8", b"\x03\xe9going", b"\x0f\xa0"])
+def test_a_close_is_answered_with_its_own_code(payload):
+    assert said(masked(8, payload)) == ([WireEvent.LEAVE], [(0x88, payload[:2])])
+
+
+def test_a_message_of_4096_bytes_is_a_line():
+    assert said(masked(1, b"x" * 4096)) == (["x" * 4096], [])
+
+
+@given(st.binary(max_size=300), st.binary(min_size=4, max_size=4))
+def test_unmasking_is_a_xor_of_every_byte(payload, key):
+    assert batchat.unmask(payload, key) == bytes(b ^ key[at % 4] for at, b in enumerate(payload))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_what_is_said_in_frames_is_one_text_frame_a_line(text):
+    frames = frames_of(WebWire.encode(text))
+    lines = text.split("\n")
+    assert [payload.decode() for _, payload in frames] == (lines if lines[-1] else lines[:-1])
+    assert {first for first, _ in frames} <= {0x81}
+
+
+# --------------------------------------------------------------------------
 # The chat
 # --------------------------------------------------------------------------
 
@@ -324,9 +643,11 @@ def test_backspace_and_delete_erase_the_character_before_and_ctrl_u_the_line():
 class Guest(Person):
     """Somebody in a chat without sockets, whose screen is read line by line."""
 
-    def __init__(self, chat: Chat) -> None:
-        super().__init__("nowhere", Outbox(chat.log))
+    def __init__(self, chat: Chat, wire: type[batchat.Wire] = TelnetWire) -> None:
+        super().__init__("nowhere", Outbox(chat.logs[wire]))
         self.chat = chat
+        self.shown = b""
+        chat.handle(self, WireEvent.OPENED)
 
     def types(self, *lines: str) -> None:
         for line in lines:
@@ -334,10 +655,21 @@ class Guest(Person):
 
     def reads(self) -> str:
         """What was shown since the last look."""
-        with memoryview(self.chat.log.data) as view:
-            shown = b"".join(self.outbox.pieces(view))
+        shown = b"".join(self.outbox.pieces())
         self.outbox.advance(len(shown))
-        return shown.decode().replace("\r\n", "\n")
+        self.shown += shown
+        return shown.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def looks(self) -> list[str]:
+        """All lines that were ever shown, on whichever wire."""
+        self.reads()
+        if self.outbox.log.wire is WebWire:
+            return [payload.decode() for _, payload in frames_of(self.shown)]
+        lines = self.shown.decode().split("\r\n")
+        # The name that is typed after the prompt ends its line on a screen, not on the wire.
+        at = next(at for at, line in enumerate(lines) if line.startswith(batchat.PROMPT))
+        lines[at : at + 1] = [batchat.PROMPT, lines[at][len(batchat.PROMPT) :]]
+        return lines[:-1]
 
 
 class Room:
@@ -347,7 +679,6 @@ class Room:
 
     def caller(self) -> Guest:
         guest = Guest(self.chat)
-        self.chat.tell(guest, batchat.GREETING)
         assert guest.reads().endswith(batchat.PROMPT)
         return guest
 
@@ -630,16 +961,20 @@ class Clock:
 class House:
     """A reactor over real sockets, which turns only while a test waits for something."""
 
-    def __init__(self, kind: type[selectors.BaseSelector], **limits: int) -> None:
+    def __init__(self, kind: type[selectors.BaseSelector], door=None, **limits: int) -> None:
         class Polling(kind):
             def select(self, timeout=None):
-                return super().select(0)
+                self.ready = super().select(0)
+                return self.ready
 
         self.clock = Clock()
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = listener.getsockname()
+        self.door = door(listener) if door else listener
+        web = socket.create_server(("127.0.0.1", 0))
+        self.web_address = web.getsockname()
         self.reactor = Reactor(
-            listener,
+            {self.door: TelnetWire, web: WebWire},
             Limits(**{"rate": 10, "max_people": 1000, "max_per_address": 100, **limits}),
             Polling(),
             self.clock,
@@ -663,10 +998,8 @@ class House:
         """Turn the wheel until nothing more happens."""
         quiet = 0
         while quiet < 5:
-            before = [len(caller.unread) for caller in self.callers], len(self.reactor.connections)
             self.turn()
-            after = [len(caller.unread) for caller in self.callers], len(self.reactor.connections)
-            busy = self.reactor._patience() == 0 or before != after
+            busy = self.reactor.selector.ready or self.reactor._patience() == 0
             quiet = 0 if busy else quiet + 1
 
     def wait(self, seconds: float) -> None:
@@ -686,6 +1019,17 @@ class House:
             other.unread.clear()
         return caller
 
+    def browse(self, name: str) -> Browser:
+        browser = Browser(self)
+        browser.types(name)
+        browser.reads(batchat.GREETING + f"\nHey, {name}! Hope you enjoy the chat.\n\n")
+        for other in self.callers:
+            other.unread.clear()
+        return browser
+
+    def ask(self, head: bytes) -> Browser:
+        return Browser(self, head)
+
     def connection(self, name: str) -> batchat.Connection:
         return self.chat.people[batchat.name_key(name)]
 
@@ -694,21 +1038,20 @@ class House:
             caller.sock.close()
         for connection in list(self.reactor.connections):
             self.reactor._forget(connection)
-        with contextlib.suppress(KeyError, ValueError):
-            self.reactor.selector.unregister(self.reactor.listener)
-        self.reactor.listener.close()
+        for door in self.reactor.doors:
+            door.close()
         self.reactor.selector.close()
 
 
 class Caller:
     """Somebody at the other end of a real socket."""
 
-    def __init__(self, house: House, buffer: int) -> None:
+    def __init__(self, house: House, buffer: int, address: tuple | None = None) -> None:
         self.house = house
         self.sock = socket.socket()
         if buffer:  # bytes that the system keeps for a listener who does not read
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        self.sock.connect(house.address)
+        self.sock.connect(address or house.address)
         self.sock.setblocking(False)
         self.unread = bytearray()
         self.reading = True
@@ -764,6 +1107,46 @@ class Caller:
         self.sock.close()
 
 
+class Browser(Caller):
+    """A WebSocket client, of which `unread` is the text of the frames, a line each."""
+
+    def __init__(self, house: House, opening: bytes = b"") -> None:
+        super().__init__(house, 0, house.web_address)
+        self.raw = b""
+        self.pings = 0
+        self.closed_with = 0
+        house.callers.append(self)
+        self.sends(opening or OPENING)
+        if not opening:
+            house.until(lambda: b"\r\n\r\n" in self.raw)
+            self.raw = self.raw.partition(b"\r\n\r\n")[2]
+            self.open = True
+            self.sort()
+
+    open = False
+
+    def receive(self, most: int = 1 << 20) -> None:
+        before = len(self.unread)
+        super().receive(most)
+        self.raw += self.unread[before:]
+        del self.unread[before:]
+        if self.open:
+            self.sort()
+
+    def sort(self) -> None:
+        for first, payload in frames_of(self.raw):
+            if first == 0x81:
+                self.unread += payload + b"\r\n"
+            elif first == 0x89:
+                self.pings += 1
+            else:
+                self.closed_with = int.from_bytes(payload, "big")
+        self.raw = b""
+
+    def types(self, *lines: str) -> None:
+        self.sends(b"".join(masked(1, line.encode()) for line in lines))
+
+
 @pytest.fixture(params=["epoll, sendmsg", "select, send"])
 def houses(request, monkeypatch):
     """Makes houses; once with the best that the system has, once with the least."""
@@ -773,8 +1156,8 @@ def houses(request, monkeypatch):
         kind = selectors.SelectSelector
     with contextlib.ExitStack() as stack:
 
-        def make(**limits: int) -> House:
-            house = House(kind, **limits)
+        def make(**options) -> House:
+            house = House(kind, **options)
             stack.callback(house.close)
             return house
 
@@ -796,7 +1179,7 @@ def assert_nothing_is_left(house: House) -> None:
     assert not reactor.talkers
     assert not any(reactor.countdowns)
     assert not reactor.callers
-    assert len(reactor.selector.get_map()) == 1  # the listener
+    assert len(reactor.selector.get_map()) == 2  # the doors
 
 
 def test_people_talk_and_leave(house):
@@ -932,9 +1315,12 @@ def flood(house: House, talker: Caller, lines: int = 10_000) -> int:
             try:
                 data = data[talker.sock.send(data) :]
             except BlockingIOError:
-                before = len(house.chat.log), house.reactor.offered
+                before = len(house.chat.logs[TelnetWire]), house.chat.logs[TelnetWire].offered
                 house.turn()
-                if house.reactor.held and before == (len(house.chat.log), house.reactor.offered):
+                if house.reactor.held and before == (
+                    len(house.chat.logs[TelnetWire]),
+                    house.chat.logs[TelnetWire].offered,
+                ):
                     return count
     raise AssertionError("nothing held the talker back")
 
@@ -944,7 +1330,7 @@ def test_a_listener_who_takes_nothing_holds_the_room_for_two_seconds_and_is_drop
     ann, talker, sleeper = house.join("ann"), house.join("talker"), house.join("sleeper", 4096)
     sleeper.reading = False
     flood(house, talker)
-    assert batchat.HOLD_ABOVE < len(house.chat.log) < batchat.WINDOW
+    assert batchat.HOLD_ABOVE < len(house.chat.logs[TelnetWire]) < batchat.WINDOW
     assert house.connection("talker").watched == 0
     house.wait(1.9)
     assert "sleeper" in house.chat.people
@@ -954,7 +1340,7 @@ def test_a_listener_who_takes_nothing_holds_the_room_for_two_seconds_and_is_drop
     assert b"* sleeper has quit the chat\r\n" in ann.unread
     assert not house.reactor.held
     house.settle()
-    assert len(house.chat.log) == 0
+    assert len(house.chat.logs[TelnetWire]) == 0
     talker.sends(b"\r\nhello again\r\n")
     house.until(lambda: ann.unread.endswith(b"<talker> hello again\r\n"))
 
@@ -965,7 +1351,7 @@ def test_talkers_go_on_when_the_slowest_listener_has_caught_up(houses):
     slow.reading = False
     flood(house, talker)
     slow.reading = True
-    house.until(lambda: len(house.chat.log) < batchat.HOLD_BELOW)
+    house.until(lambda: len(house.chat.logs[TelnetWire]) < batchat.HOLD_BELOW)
     house.until(lambda: not house.reactor.held)
     talker.sends(b"\r\nhello again\r\n")
     house.until(lambda: slow.unread.endswith(b"<talker> hello again\r\n"))
@@ -1002,13 +1388,18 @@ def test_nobody_holds_the_room_for_longer_than_two_seconds(houses):
     # It comes back under the half, but not under the quarter, and then takes nothing.
     house.connection("slow").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slow.reading = True
-    house.until(lambda: len(house.chat.log) < batchat.HOLD_ABOVE - 10_000)
+    house.until(lambda: len(house.chat.logs[TelnetWire]) < batchat.HOLD_ABOVE - 10_000)
     slow.reading = False
     house.settle()
     assert house.reactor.held
     house.wait(2)
-    before = house.reactor.offered
-    house.until(lambda: house.reactor.offered > before or len(house.chat.log) > batchat.HOLD_ABOVE)
+    before = house.chat.logs[TelnetWire].offered
+    house.until(
+        lambda: (
+            house.chat.logs[TelnetWire].offered > before
+            or len(house.chat.logs[TelnetWire]) > batchat.HOLD_ABOVE
+        )
+    )
 
 
 def test_who_does_not_read_private_replies_is_not_read_until_they_do(houses):
@@ -1046,9 +1437,9 @@ def test_one_turn_reads_little_enough_that_the_log_keeps_to_its_window(houses):
         with contextlib.suppress(BlockingIOError):
             while True:
                 talker.sock.send(b"x\n" * 8192)
-    for _ in range(20):
+    for _ in range(8):
         house.turn()
-        assert len(house.chat.log) <= batchat.WINDOW
+        assert len(house.chat.logs[TelnetWire]) <= batchat.WINDOW
 
 
 def test_a_full_house_says_so_and_lets_people_in_when_some_leave(houses):
@@ -1074,27 +1465,30 @@ def test_callers_who_are_turned_away_and_stay_take_up_no_room(houses):
     house.join("ann")
 
 
-class Elsewhere:
-    """A listener whose callers come from wherever a test says; all else is real."""
+class StandIn:
+    """A listening socket of which a test decides what `accept` says; all else is real."""
 
-    def __init__(self, listener: socket.socket, *hosts: str) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
-        self.hosts = list(hosts)
+        self.hosts: list[str] = []  # where the next callers come from
+        self.error = 0  # what goes wrong
+        self.calls = 0
 
     def __getattr__(self, name: str):
         return getattr(self.listener, name)
 
     def accept(self):
-        sock, _ = self.listener.accept()
-        return sock, (self.hosts.pop(0), 4321, 0, 0)
+        self.calls += 1
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        sock, address = self.listener.accept()
+        return sock, (self.hosts.pop(0), 4321, 0, 0) if self.hosts else address
 
 
 def test_too_many_people_from_one_address_are_turned_away(houses):
-    house = houses(max_per_address=2)
-    house.reactor.listener = Elsewhere(
-        house.reactor.listener,
-        *["203.0.113.5", "::ffff:203.0.113.5", "203.0.113.5", "203.0.113.6", "203.0.113.5"],
-    )
+    house = houses(max_per_address=2, door=StandIn)
+    house.door.hosts += ["203.0.113.5", "::ffff:203.0.113.5", "203.0.113.5"]
+    house.door.hosts += ["203.0.113.6", "203.0.113.5"]
     one, _two = house.join("one"), house.join("two")
     three = house.call()
     three.reads("* Too many people are here from your address, please try again later.\n")
@@ -1106,6 +1500,65 @@ def test_too_many_people_from_one_address_are_turned_away(houses):
     house.join("five")
 
 
+def test_who_is_turned_away_does_not_count_among_those_from_their_address(houses):
+    house = houses(max_per_address=1, door=StandIn)
+    house.door.hosts += ["203.0.113.5"] * 5
+    mike = house.join("mike")
+    refused = [house.call() for _ in range(3)]  # who do not hang up
+    for each in refused:
+        each.reads("* Too many people are here from your address, please try again later.\n")
+    mike.hangs_up()
+    house.settle()
+    house.join("ann")
+
+
+def test_callers_who_are_turned_away_cut_off_nobody_who_is_still_owed_something(houses):
+    house = houses(max_people=2, rate=0)
+    talker, slow = house.join("talker"), house.join("slow", 4096)
+    house.connection("slow").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    slow.reading = False
+    talker.types(*[LONG] * 50, "the end")
+    house.settle()
+    slow.types("/quit")
+    house.settle()
+    house.join("late")
+    for _ in range(30):
+        house.call().reads("* BATCHAT is full, please try again later.\n")
+    slow.reading = True
+    house.until(lambda: slow.gone)
+    assert slow.unread.endswith(b"<talker> the end\r\n")
+
+
+def test_a_flood_of_commands_is_paced_like_lines(houses):
+    house = houses(rate=10)
+    mike, vandal = house.join("mike"), house.call()
+    vandal.sends(b"\xff\xf1" * 50_000)
+    house.settle()
+    (connection,) = house.reactor.connections.keys() - {house.connection("mike")}
+    assert connection.paused
+    mike.types("/who")
+    mike.reads("* 1 here: mike\n")
+
+
+def test_who_ignores_talkers_and_stalls_is_behind_by_what_that_costs(houses):
+    house = houses(rate=0)
+    ann, bob, sleeper = house.join("ann"), house.join("bob"), house.join("sleeper", 4096)
+    house.connection("sleeper").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sleeper.types("/ignore ann")
+    house.settle()
+    sleeper.reading = False
+    outbox = house.connection("sleeper").outbox
+    for _ in range(10_000):
+        ann.types("x")
+        bob.types("x")
+        house.turn()
+        assert len(outbox.splices) < 5000
+        if house.reactor.held:
+            break
+    house.wait(2)
+    assert "sleeper" not in house.chat.people
+
+
 def test_an_ipv6_64_counts_as_one_address_and_this_box_as_none():
     assert batchat.address_group("2001:db8::1") == batchat.address_group("2001:db8::ffff:2%eth0")
     assert batchat.address_group("2001:db8::1") != batchat.address_group("2001:db8:0:1::1")
@@ -1113,32 +1566,19 @@ def test_an_ipv6_64_counts_as_one_address_and_this_box_as_none():
     assert not any(map(batchat.address_group, ["127.0.0.1", "::1", "::ffff:127.1.2.3"]))
 
 
-class Broken(Elsewhere):
-    """A listener that can not accept."""
-
-    def __init__(self, listener: socket.socket, code: int) -> None:
-        super().__init__(listener)
-        self.code = code
-        self.calls = 0
-
-    def accept(self):
-        self.calls += 1
-        raise OSError(self.code, os.strerror(self.code))
-
-
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ECONNABORTED])
-def test_when_accept_fails_it_waits_a_second_without_spinning(house, code):
+def test_when_accept_fails_it_waits_a_second_without_spinning(houses, code):
+    house = houses(door=StandIn)
     mike = house.join("mike")
-    listener = house.reactor.listener
-    house.reactor.listener = broken = Broken(listener, code)
+    house.door.error, house.door.calls = code, 0
     ann = house.call()
-    house.until(lambda: broken.calls)
+    house.until(lambda: house.door.calls)
     house.settle()
-    assert broken.calls == 1
+    assert house.door.calls == 1
     assert house.reactor._patience() == 1
     mike.types("/who")
     mike.reads("* 1 here: mike\n")
-    house.reactor.listener = listener
+    house.door.error = 0
     house.wait(1)
     ann.reads(GREETING.decode())
 
@@ -1164,9 +1604,9 @@ def test_an_error_of_ours_while_sending_costs_its_connection_and_nothing_else(ho
     victim = house.connection("jonny").outbox
     pieces = Outbox.pieces
 
-    def fail(self, view):
+    def fail(self):
         assert self is not victim
-        return pieces(self, view)
+        return pieces(self)
 
     monkeypatch.setattr(Outbox, "pieces", fail)
     jonny.types("/who")
@@ -1231,7 +1671,7 @@ def test_closing_the_house_waits_two_seconds_for_those_who_do_not_hang_up(house)
     house.reactor.stop()
     house.settle()
     assert house.reactor.connections
-    assert house.reactor._patience() == 2
+    assert house.reactor._patience() == pytest.approx(2)
     house.clock.time += 2
     house.reactor.run()
     assert not house.reactor.connections
@@ -1256,6 +1696,177 @@ def test_the_log_says_who_came_and_went_and_why_and_never_what_was_said(houses, 
     assert "xxx" not in caplog.text
 
 
+def test_a_browser_and_a_telnet_user_talk_in_one_room_and_nobody_hears_themselves(house):
+    mike, ann = house.join("mike"), house.browse("ann")
+    mike.types("hi ann!")
+    ann.reads("<mike> hi ann!\n")
+    ann.types("hi mike!", "/me waves", "/who", "//slash", "/msg mike psst")
+    mike.reads("<ann> hi mike!\n** ann waves\n<ann> /slash\n[ann -> you] psst\n")
+    ann.reads("* 2 here: ann, mike\n[you -> mike] psst\n")
+    mike.types("/ignore ann")
+    mike.reads("* You no longer hear ann.\n")
+    ann.types("hello?")
+    mike.reads_nothing()
+    ann.reads_nothing()
+
+
+def test_a_websocket_is_closed_with_1000_after_quit(house):
+    mike, ann = house.join("mike"), house.browse("ann")
+    ann.types("/quit")
+    ann.sees_the_end()
+    assert ann.closed_with == 1000
+    mike.reads("* ann has quit the chat\n")
+    for each in (mike, ann):
+        each.hangs_up()
+    assert_nothing_is_left(house)
+
+
+def test_a_websocket_is_closed_with_1001_when_the_room_closes(house):
+    ann = house.browse("ann")
+    house.reactor.stop()
+    ann.reads("* BATCHAT is closing, goodbye!\n")
+    ann.sees_the_end()
+    assert ann.closed_with == 1001
+
+
+def test_a_message_over_the_limit_closes_its_websocket_alone(house):
+    mike, ann = house.join("mike"), house.browse("ann")
+    ann.types("x" * 4097)
+    ann.sees_the_end()
+    assert ann.closed_with == 1009
+    mike.reads("* ann has quit the chat\n")
+
+
+def test_browsers_are_pinged_every_30_seconds_and_telnet_is_not(house):
+    mike, ann = house.join("mike"), house.browse("ann")
+    house.wait(30)
+    assert ann.pings == 1
+    ann.sends(masked(10, b""))
+    house.wait(30)
+    assert ann.pings == 2
+    mike.reads_nothing()
+    ann.reads_nothing()
+
+
+def test_a_line_is_encoded_once_for_each_format_that_anyone_listens_to(house, monkeypatch):
+    mike, ann = house.join("mike"), house.join("ann")
+    encoded = []
+    monkeypatch.setattr(WebWire, "encode", staticmethod(lambda text: encoded.append(text) or b""))
+    mike.types("hello")
+    ann.reads("<mike> hello\n")
+    assert encoded == []
+
+
+def test_a_request_that_does_not_come_within_10_seconds_is_answered_408(house):
+    browser = house.ask(b"GET / HT")
+    house.settle()
+    assert browser.raw == b""
+    house.wait(10)
+    assert browser.raw.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    assert browser.gone == "closed"
+
+
+def test_a_page_is_sent_whole_and_the_connection_closed(house):
+    browser = house.ask(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    house.until(lambda: browser.gone)
+    assert browser.gone == "closed"
+    assert browser.raw.endswith(batchat.PAGE.encode())
+    browser.hangs_up()
+    assert_nothing_is_left(house)
+
+
+def test_a_browser_that_says_nothing_after_the_handshake_has_two_minutes_for_a_name(house):
+    browser = Browser(house)
+    house.wait(119)
+    assert not browser.gone
+    house.wait(1)
+    assert browser.unread.endswith(b"* You gave no name in time, goodbye!\r\n")
+    assert browser.closed_with == 1000
+
+
+def test_a_full_house_answers_a_browser_503(houses):
+    house = houses(max_people=1)
+    house.join("mike")
+    browser = house.ask(OPENING)
+    house.until(lambda: browser.gone)
+    assert browser.raw.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+    assert browser.raw.endswith(b"\r\n\r\n* BATCHAT is full, please try again later.\n")
+
+
+def test_a_room_that_closes_answers_a_browser_503_that_has_not_asked_yet(house):
+    browser = house.ask(b"GET ")
+    house.settle()
+    house.reactor.stop()
+    house.until(lambda: browser.gone)
+    assert browser.raw.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+
+
+def test_a_stalled_browser_is_dropped_and_costs_telnet_two_seconds(houses):
+    house = houses(rate=0)
+    talker, sleeper = house.join("talker"), house.browse("sleeper")
+    sleeper.reading = False
+    flood(house, talker)
+    house.wait(2.1)
+    assert list(house.chat.people) == ["talker"]
+    assert len(house.chat.logs[TelnetWire]) == 0
+
+
+ROOM_STEPS = st.one_of(
+    st.tuples(st.just("join"), st.integers(0, 3), st.sampled_from([TelnetWire, WebWire])),
+    st.tuples(st.just("say"), st.integers(0, 3), st.sampled_from(["hi", "\u00e9", "x" * 200])),
+    st.tuples(st.just("say"), st.integers(0, 3), st.sampled_from(["hi", "\u00e9", "x" * 200])),
+    st.tuples(st.just("msg"), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.just("quit"), st.integers(0, 3)),
+    st.tuples(st.just("read"), st.integers(0, 3)),
+    st.tuples(st.just("trim")),
+)
+
+
+@given(st.lists(ROOM_STEPS, max_size=40))
+def test_a_room_of_both_wires_shows_everyone_just_what_a_list_of_their_own_would_hold(steps):
+    chat, inside = Chat(), {}
+    owed, everyone = {}, []
+    for step, *rest in steps:
+        number = rest[0] if rest else None
+        if step == "trim":
+            for log in chat.logs.values():
+                at = [each.outbox.cursor for each in everyone if each.outbox.log is log]
+                log.trim(min([log.end, *at]))
+        elif step == "join":
+            if number not in inside:
+                for other in inside.values():
+                    owed[other].append(f"* p{number} has joined the chat")
+                guest = Guest(chat, rest[1])
+                everyone.append(guest)
+                guest.types(f"p{number}")
+                inside[number] = guest
+                owed[guest] = [*batchat.GREETING.split("\n")]
+                owed[guest] += [f"Hey, p{number}! Hope you enjoy the chat.", ""]
+        elif number in inside:
+            guest = inside[number]
+            if step == "say":
+                guest.types(rest[1])
+                for other in inside.values():
+                    if other is not guest:
+                        owed[other].append(f"<p{number}> {rest[1]}")
+            elif step == "msg" and rest[1] in inside:
+                guest.types(f"/msg p{rest[1]} psst")
+                owed[inside[rest[1]]].append(f"[p{number} -> you] psst")
+                owed[guest].append(f"[you -> p{rest[1]}] psst")
+            elif step == "quit":
+                guest.types("/quit")
+                del inside[number]
+                for other in inside.values():
+                    owed[other].append(f"* p{number} has quit the chat")
+            elif step == "read":
+                guest.looks()
+    for guest in everyone:
+        assert guest.looks() == owed[guest]
+    for log in chat.logs.values():
+        log.trim(log.end)
+        assert len(log) == 0
+
+
 # --------------------------------------------------------------------------
 # python batchat.py
 # --------------------------------------------------------------------------
@@ -1273,6 +1884,8 @@ class Server(contextlib.AbstractContextManager):
         )
         self.opening_line = self.process.stdout.readline()
         self.port = int(re.search(r"port (\d+)", self.opening_line)[1])
+        web = re.search(r"http://.*:(\d+)/", self.opening_line)
+        self.web_port = int(web[1]) if web else 0
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -1524,6 +2137,179 @@ def test_with_64_descriptors_and_120_callers_those_inside_chat_on_and_newcomers_
         mike.reads("* late has joined the chat\n")
 
 
+def test_the_page_and_the_websocket_are_on_a_second_port_that_the_opening_line_names():
+    with Server("--web-port", "0") as server:
+        mike = server.join("mike")
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.web_port}/hello") as reply:
+            assert reply.read() == b"Hello, World!"
+        ann = socket.create_connection(("127.0.0.1", server.web_port), timeout=PATIENCE)
+        ann.sendall(OPENING + masked(1, b"ann"))
+        mike.reads("* ann has joined the chat\n")
+        ann.close()
+        mike.reads("* ann has quit the chat\n")
+
+
+def test_where_the_web_port_is_taken_a_free_one_does_unless_that_very_one_was_asked_for():
+    with socket.create_server(("127.0.0.1", batchat.WEB_PORT)) if port_is_free(
+        batchat.WEB_PORT
+    ) else contextlib.nullcontext(), Server("--host", "127.0.0.1") as server:
+        assert server.web_port not in (0, batchat.WEB_PORT)
+        done = run("--host", "127.0.0.1", "--port", "0", "--web-port", str(server.web_port))
+    assert done.returncode == 1
+    assert re.fullmatch(r"batchat: .*port \d+: Address already in use\n", done.stderr)
+
+
+def port_is_free(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def test_no_web_opens_no_door_for_browsers():
+    with Server("--no-web") as server:
+        assert server.web_port == 0
+        assert "http" not in server.opening_line
+        server.join("mike")
+
+
+class Chromium(contextlib.AbstractContextManager):
+    """A real browser, driven through chromedriver (W3C WebDriver)."""
+
+    ARGUMENTS = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync"
+        " disable-background-networking disable-component-update disable-dev-shm-usage"
+    )
+
+    def __init__(self, url: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.driver = subprocess.Popen(
+            ["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.path = f"http://127.0.0.1:{port}"
+        wait_until(lambda: self.ask("GET", "/status")["ready"])
+        arguments = [f"--{each}" for each in self.ARGUMENTS.split()]
+        options = {
+            "goog:chromeOptions": {"args": [*arguments, "--window-size=800,500"]},
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
+        session = self.ask("POST", "/session", capabilities={"alwaysMatch": options})
+        self.path += "/session/" + session["sessionId"]
+        self.ask("POST", "/url", url=url)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.ask("DELETE", "")
+        self.driver.kill()
+        self.driver.wait()
+
+    def ask(self, method: str, path: str, **body: object):
+        data = json.dumps(body).encode() if method == "POST" else None
+        request = urllib.request.Request(self.path + path, data, method=method)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)["value"]
+
+    def does(self, script: str):
+        return self.ask("POST", "/execute/sync", script=script, args=[])
+
+    def types(self, text: str) -> None:
+        """Press keys, wherever the keyboard is."""
+        keys = [{"type": kind, "value": key} for key in text for kind in ("keyDown", "keyUp")]
+        action = {"type": "key", "id": "keyboard", "actions": keys}
+        self.ask("POST", "/actions", actions=[action])
+
+    def shows(self, text: str) -> None:
+        wait_until(lambda: text in self.does("return document.body.innerText"))
+
+    def complaints(self) -> list[str]:
+        """What its console has said since the last look."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", type="browser")]
+
+
+def wait_until(condition) -> None:
+    give_up = time.monotonic() + 3 * PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            if condition():
+                return
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.05)
+
+
+needs_chromium = pytest.mark.skipif(
+    not shutil.which("chromedriver"), reason="chromedriver is not installed"
+)
+ENTER = "\ue007"
+
+
+@needs_chromium
+def test_people_in_chromium_and_in_telnet_talk_in_one_room():
+    with Server("--web-port", "0") as server:
+        url, ports = f"http://localhost:{server.web_port}/", (server.port, server.web_port)
+        with Chromium(url) as mike:
+            mike.shows('U | __")uU')
+            mike.shows(batchat.PROMPT.strip())
+            mike.types("mike" + ENTER)
+            mike.shows("Hey, mike! Hope you enjoy the chat.")
+            jonny = server.join("jonny")
+            mike.shows("* jonny has joined the chat")
+            mike.types("hey everyone!" + ENTER)
+            jonny.reads("<mike> hey everyone!\n")
+            mike.shows("hey everyone!")
+            assert mike.does("return document.querySelector('.own:last-child').textContent")
+            assert "<mike> hey" not in mike.does("return document.body.innerText")
+            jonny.types("<b>bold</b> <script>document.title = 'hacked'</script> &amp;", "/me waves")
+            mike.shows("<jonny> <b>bold</b> <script>document.title = 'hacked'</script> &amp;")
+            mike.shows("** jonny waves")
+            jonny.types("/msg mike psst")
+            mike.shows("[jonny -> you] psst")
+            classes = (
+                "return [...document.querySelectorAll('main p')].slice(-3).map(p => p.className)"
+            )
+            assert mike.does(classes) == ["said", "action", "private"]
+            hues = "return [...document.querySelectorAll('.name')].map(n => n.style.cssText)"
+            assert len(set(mike.does(hues))) == 1
+            assert mike.does("return document.title") == "BATCHAT"
+
+            # Who has scrolled up is not moved, and sees how many lines are new.
+            jonny.types(*["line"] * 40)
+            wait_until(lambda: mike.does("return document.querySelectorAll('.said').length > 40"))
+            mike.does("document.querySelector('main').scrollTop = 0")
+            jonny.types("one more")
+            mike.shows("1 new line")
+            assert mike.does("return document.querySelector('main').scrollTop") == 0
+            mike.does("document.querySelector('#more').click()")
+            wait_until(lambda: mike.does("return document.querySelector('#more').hidden"))
+            assert mike.does("return document.querySelector('main').scrollTop") > 0
+            assert mike.complaints() == []
+
+            # A restart: it says that the line is lost, comes back, and takes its name again.
+            server.process.kill()
+            server.process.wait()
+            mike.shows("The line is lost.")
+            with Server("--port", str(ports[0]), "--web-port", str(ports[1])) as again:
+                wait_until(lambda: "\nmike\n" in who_is_here(again))
+                jonny = again.join("jonny")
+                mike.shows("* jonny has joined the chat")
+                mike.types("/nick mick" + ENTER)
+                jonny.reads("* mike is now known as mick\n")
+                mike.types("/quit" + ENTER)
+                jonny.reads("* mick has quit the chat\n")
+                mike.shows("You have left. Press Enter to join again.")
+                assert all("WebSocket connection" in each for each in mike.complaints())
+
+
+def who_is_here(server: Server) -> str:
+    """The names in a room, each on a line of its own."""
+    line = server.join("who")
+    line.types("/who", "/quit")
+    answer = b""
+    while data := line.sock.recv(4096):
+        answer += data
+    return answer.decode().replace("here: ", "\n").replace(", ", "\n").replace("\r", "")
+
+
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(BATCHAT), *options],
@@ -1575,6 +2361,8 @@ def test_help_names_every_option_and_version_the_version():
         "--rate",
         "--max-people",
         "--max-per-address",
+        "--web-port",
+        "--no-web",
         "--verbose",
         "--version",
     ]:
