@@ -6,9 +6,10 @@
     http://localhost:1338/      in a browser
 
 A chat room is a log, and a listener is a place in it.  What is said is
-appended once to the room's log (one for telnet, one for browsers: the same
-words in another format); each listener is a cursor that runs after its end, and is sent all that is new in one system call.  One thread turns the
-wheel: select, read, write, tidy up.
+appended once to the room's log (one for telnet and one for browsers: the same
+words in two formats); each listener is a cursor that follows the log's end, and
+is sent all that is new in one system call.  One thread turns the wheel: select,
+read, write, tidy up.
 
 The parts of this file, in reading order:
 
@@ -21,7 +22,7 @@ The parts of this file, in reading order:
     7. main             options, signals, the opening line
     8. The page         what a browser shows
 
-Nothing before part 6 knows of sockets or of the time.
+Nothing before part 6 knows of sockets, nor of the time but for HTTP's Date.
 """
 
 from __future__ import annotations
@@ -125,10 +126,11 @@ HEAD_LIMIT = 8 << 10  # bytes of a request's head
 HEAD_SECONDS = 10.0  # until a browser must have sent it
 PING_SECONDS = 30.0  # between signs of life, so that no proxy hangs up on a browser
 
-WINDOW = 1 << 20  # bytes that the log never grows beyond, whoever is slow
+WINDOW = 1 << 20  # bytes that neither log grows beyond, however slow somebody is
 HOLD_ABOVE = WINDOW // 2  # bytes behind: talkers wait from here ...
 HOLD_BELOW = WINDOW // 4  # ... until the slowest is back under this
 STALL_SECONDS = 2.0  # that one listener may hold up the room
+SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
 PRIVATE_LIMIT = 64 << 10  # bytes of private lines unsent, before we stop listening
 
 READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starves the rest
@@ -139,7 +141,7 @@ COMMANDS_A_TOKEN = 64  # commands of telnet or frames of WebSocket that cost as 
 BURST_SECONDS = 5  # of the permitted rate, that may be sent at once
 
 CLOSING_SECONDS = 5.0  # for a leaver to take what is owed and to hang up
-SHUTDOWN_SECONDS = 2.0  # the same, when the whole house closes
+SHUTDOWN_SECONDS = 2.0  # the same, when the room closes
 RETRY_SECONDS = 1.0  # until we accept again, after the system could not
 
 SPARE_DESCRIPTORS = 16  # kept back for our own use
@@ -155,7 +157,6 @@ USER_TIMEOUT = 120_000  # or after so many milliseconds without an ACK of what w
 # 3. Log and Outbox
 # --------------------------------------------------------------------------
 
-SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
 FOREVER = sys.maxsize  # an offset that no log ever reaches
 Buffer = Union[bytes, memoryview]
 Splice = Tuple[int, int, bytes]
@@ -178,9 +179,6 @@ class Log:
         self.newest = 0  # the offset of what was appended last
         self.offered = 0  # the offset up to which every listener was offered it
         self.listeners = 0
-
-    def __len__(self) -> int:
-        return len(self.data)
 
     @property
     def end(self) -> int:
@@ -794,11 +792,8 @@ class State(enum.Enum):
     GONE = enum.auto()
 
 
-LISTENED_TO = (
-    State.CALLING,
-    State.NAMING,
-    State.CHATTING,
-)  # what comes in any other state is thrown away
+# What comes in any other state is thrown away.
+LISTENED_TO = (State.CALLING, State.NAMING, State.CHATTING)
 
 
 class Person:
@@ -855,7 +850,7 @@ class Chat:
     def __init__(self) -> None:
         self.logs: dict[type[Wire], Log] = {wire: Log(wire) for wire in (TelnetWire, WebWire)}
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
-        self.told: set[Person] = set()  # those who were told something and not yet sent it
+        self.told: set[Person] = set()  # those to see to: they were told something, or let go
         # Those who ignore somebody, by whom they ignore.
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)
 
@@ -871,7 +866,7 @@ class Chat:
         self.told.add(person)
 
     def ping(self) -> None:
-        """Give everyone a sign of life, where their wire has one."""
+        """Give everyone in the room a sign of life, where their wire has one."""
         for log in self.logs.values():
             if log.listeners:
                 log.append(log.wire.PING)
@@ -901,8 +896,8 @@ class Chat:
         person.outbox.leave()
         del self.people[name_key(person.name)]
         self._ignorers.pop(person, None)
-        for listeners in self._ignorers.values():
-            listeners.discard(person)
+        for ignorers in self._ignorers.values():
+            ignorers.discard(person)
         self._announce(f"* {person.name} has quit the chat\n")
         logger.info("%s left: %s (%s, %d here)", person.name, why, person.origin, len(self.people))
 
@@ -922,7 +917,7 @@ class Chat:
         try:
             if person.state is State.CHATTING:
                 if event is WireEvent.LEAVE:
-                    self.leave(person, "hung up")
+                    self.leave(person, "ended it")
                 elif isinstance(event, WireEvent):
                     raise Refusal(f"A line has at most {LINE_LIMIT} bytes; yours was not sent.")
                 elif event.startswith("//"):
@@ -933,9 +928,9 @@ class Chat:
                     self._say(person, f"<{person.name}> {event}\n")
             elif person.state is State.NAMING:
                 if event is WireEvent.LEAVE:
-                    self.leave(person, "hung up")
+                    self.leave(person, "ended it")
                 elif isinstance(event, WireEvent) or HTTP_REQUEST.match(event):
-                    self.leave(person, "sent no name")  # a browser, or a web page that attacks us
+                    self.leave(person, "sent no name")  # HTTP, or longer than any name
                 elif event.strip().lower() == "/quit":
                     self.leave(person, "quit")
                 else:
@@ -1073,6 +1068,9 @@ class Countdown:
     def __iter__(self) -> Iterator[Connection]:
         return iter(self._ends)
 
+    def __contains__(self, connection: Connection) -> bool:
+        return connection in self._ends
+
     def start(self, connection: Connection, now: float) -> None:
         """Give them their time, unless theirs runs already."""
         self._ends.setdefault(connection, now + self.seconds)
@@ -1142,7 +1140,7 @@ class Reactor:
         self.clock = clock
         self.now = clock()  # when this turn began
         self.chat = Chat()
-        self.connections: dict[Connection, None] = {}  # in the order in which they lie in memory
+        self.connections: dict[Connection, None] = {}  # in order of arrival, as they lie in memory
         self.callers: Counter[str] = Counter()  # connections by address group
 
         # Those in line to be listened to: they have said something, or may have.
@@ -1210,10 +1208,7 @@ class Reactor:
     @property
     def _room_is_full(self) -> bool:
         """Whether the talkers must wait until more of what they said is sent."""
-        for log in self.chat.logs.values():
-            if len(log.data) > HOLD_ABOVE:
-                return True
-        return False
+        return any(len(log.data) > HOLD_ABOVE for log in self.chat.logs.values())
 
     def _patience(self) -> float:
         """Seconds that the selector may wait."""
@@ -1242,6 +1237,9 @@ class Reactor:
         if self.now >= self.ping_at:
             self.ping_at = self.now + PING_SECONDS
             self.chat.ping()
+            for connection in self.naming:
+                if connection.wire.PING:
+                    self.chat.reply(connection, connection.wire.PING)
 
     def _read_phase(self, ready: list[tuple[selectors.SelectorKey, int]]) -> list[Connection]:
         """Listen to those who talk; returns those who can be sent something again."""
@@ -1295,7 +1293,9 @@ class Reactor:
                     else:
                         outbox.advance(sent)
                         self._after_send(connection, sent)
-                elif outbox.cursor < outbox.log.end and connection not in self.backlogged:
+                elif (
+                    outbox.cursor < end and outbox.log is log and connection not in self.backlogged
+                ):
                     self._guard(self._flush, connection)
         log.offered = end
 
@@ -1372,7 +1372,8 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with contextlib.suppress(OSError):  # a kernel that does not know it does without
                 sock.setsockopt(*option)
-        origin = f"{host.replace('::ffff:', '')} port {port}"
+        host = host[7:] if host.startswith("::ffff:") else host  # IPv4, at a door for both
+        origin = f"{host} port {port}"
         connection = Connection(sock, origin, log)
         self.connections[connection] = None
         self._watch(connection)
@@ -1442,7 +1443,9 @@ class Reactor:
         """Handle the lines that we hold of somebody; False where they must wait with the rest."""
         wire, outbox = connection.wire, connection.outbox
         while connection.state in LISTENED_TO:
-            room_is_full = len(outbox.log.data) > HOLD_ABOVE  # of every log, for they grow alike
+            # Our own log stands for all: none was too long when we began, and a line adds
+            # about the same to each.
+            room_is_full = len(outbox.log.data) > HOLD_ABOVE
             no_token = connection.full_at - self.now >= BURST_SECONDS
             if room_is_full or no_token or outbox.private_bytes > PRIVATE_LIMIT:
                 connection.paused = True
@@ -1500,8 +1503,8 @@ class Reactor:
             self.backlogged.pop(connection, None)
             self.stalled.stop(connection)
             self._end_if_done(connection)
-        if connection.paused and connection.outbox.private_bytes <= PRIVATE_LIMIT:
-            self.talkers[connection] = None
+        if connection.paused and connection not in self.pacing:
+            self.talkers[connection] = None  # perhaps their private lines were what they waited for
         self._watch(connection)
 
     def _begin_closing(self, connection: Connection) -> None:
@@ -1599,13 +1602,18 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """What the command line asks for; exits with 2 where it makes no sense."""
     parser = argparse.ArgumentParser(
         prog="batchat.py",
-        description="A chat room that people join with telnet.",
+        description="A chat room that people join with telnet or a browser.",
         epilog="Ctrl-C closes the room: everyone is told, and is sent all that they are owed.",
     )
     count = whole_number(0, 1_000_000)
     for flag, kind, default, what in [
         ("--port", whole_number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
-        ("--web-port", whole_number(0, 65535), None, "the same for browsers (default: 1338)"),
+        (
+            "--web-port",
+            whole_number(0, 65535),
+            None,
+            f"port for browsers (default: {WEB_PORT}, or any if it is taken)",
+        ),
         ("--rate", count, 10, "lines a second that one person may send; 0 is no limit"),
         ("--max-people", count, 0, "people at a time; 0 is as many as the system allows"),
         ("--max-per-address", count, 100, "connections from one address; 0 is no limit"),
@@ -1769,6 +1777,7 @@ let socket;        // the WebSocket of now
 let name = "";     // ours, once we have one; we ask for it again when we come back
 let resuming;      // we are coming back: the banner is no news
 let banner;        // the lines that come are the banner's, until the first empty one
+let left = false;  // we have gone for good: Enter joins again
 let pause = 1;     // seconds until the next try to come back
 let below = 0;     // new lines under the end of the screen
 let unread = 0;    // new lines since the tab was hidden
@@ -1777,10 +1786,12 @@ function connect() {
   const url = new URL("chat", location.href);
   url.protocol = url.protocol.replace("http", "ws");
   socket = new WebSocket(url);
-  socket.onopen = () => { status.textContent = ""; resuming = name !== ""; banner = true; };
+  left = false;
+  socket.onopen = () => { status.textContent = ""; resuming = name !== ""; banner = !resuming; };
   socket.onmessage = event => receive(event.data);
   socket.onclose = event => {
-    if (event.code === 1000) {
+    left = event.code === 1000;
+    if (left) {
       name = "";
       status.textContent = "You have left. Press Enter to join again.";
     } else {
@@ -1859,18 +1870,18 @@ function say(text) {
 
 form.addEventListener("submit", event => {
   event.preventDefault();
-  if (socket.readyState === WebSocket.CLOSED && !name) { connect(); return; }
-  if (socket.readyState !== WebSocket.OPEN) return;  // what was typed stays
+  if (left) { connect(); return; }
+  if (socket.readyState !== WebSocket.OPEN || resuming) return;  // what was typed stays
   say(input.value);
   input.value = "";
 });
 
 input.addEventListener("paste", event => {  // an input would make one line of many
   const lines = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
-  if (lines.length === 1 || socket.readyState !== WebSocket.OPEN) return;
+  if (lines.length === 1 || socket.readyState !== WebSocket.OPEN || resuming) return;
   event.preventDefault();
-  lines[0] = input.value + lines[0];
-  input.value = lines.pop();
+  lines[0] = input.value.slice(0, input.selectionStart) + lines[0];
+  input.value = lines.pop() + input.value.slice(input.selectionEnd);
   for (const line of lines) say(line);
 });
 

@@ -128,7 +128,7 @@ def test_every_listener_gets_just_what_a_list_of_their_own_would_hold(steps):
         assert each.got == each.owed
         assert each.outbox.private_bytes == 0
     log.trim(min([log.end, *(each.outbox.cursor for each in listeners)]))
-    assert len(log) == 0
+    assert len(log.data) == 0
 
 
 def test_one_send_never_takes_more_pieces_than_the_system_does():
@@ -1315,10 +1315,10 @@ def flood(house: House, talker: Caller, lines: int = 10_000) -> int:
             try:
                 data = data[talker.sock.send(data) :]
             except BlockingIOError:
-                before = len(house.chat.logs[TelnetWire]), house.chat.logs[TelnetWire].offered
+                before = len(house.chat.logs[TelnetWire].data), house.chat.logs[TelnetWire].offered
                 house.turn()
                 if house.reactor.held and before == (
-                    len(house.chat.logs[TelnetWire]),
+                    len(house.chat.logs[TelnetWire].data),
                     house.chat.logs[TelnetWire].offered,
                 ):
                     return count
@@ -1330,7 +1330,7 @@ def test_a_listener_who_takes_nothing_holds_the_room_for_two_seconds_and_is_drop
     ann, talker, sleeper = house.join("ann"), house.join("talker"), house.join("sleeper", 4096)
     sleeper.reading = False
     flood(house, talker)
-    assert batchat.HOLD_ABOVE < len(house.chat.logs[TelnetWire]) < batchat.WINDOW
+    assert batchat.HOLD_ABOVE < len(house.chat.logs[TelnetWire].data) < batchat.WINDOW
     assert house.connection("talker").watched == 0
     house.wait(1.9)
     assert "sleeper" in house.chat.people
@@ -1340,7 +1340,7 @@ def test_a_listener_who_takes_nothing_holds_the_room_for_two_seconds_and_is_drop
     assert b"* sleeper has quit the chat\r\n" in ann.unread
     assert not house.reactor.held
     house.settle()
-    assert len(house.chat.logs[TelnetWire]) == 0
+    assert len(house.chat.logs[TelnetWire].data) == 0
     talker.sends(b"\r\nhello again\r\n")
     house.until(lambda: ann.unread.endswith(b"<talker> hello again\r\n"))
 
@@ -1351,7 +1351,7 @@ def test_talkers_go_on_when_the_slowest_listener_has_caught_up(houses):
     slow.reading = False
     flood(house, talker)
     slow.reading = True
-    house.until(lambda: len(house.chat.logs[TelnetWire]) < batchat.HOLD_BELOW)
+    house.until(lambda: len(house.chat.logs[TelnetWire].data) < batchat.HOLD_BELOW)
     house.until(lambda: not house.reactor.held)
     talker.sends(b"\r\nhello again\r\n")
     house.until(lambda: slow.unread.endswith(b"<talker> hello again\r\n"))
@@ -1388,7 +1388,7 @@ def test_nobody_holds_the_room_for_longer_than_two_seconds(houses):
     # It comes back under the half, but not under the quarter, and then takes nothing.
     house.connection("slow").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slow.reading = True
-    house.until(lambda: len(house.chat.logs[TelnetWire]) < batchat.HOLD_ABOVE - 10_000)
+    house.until(lambda: len(house.chat.logs[TelnetWire].data) < batchat.HOLD_ABOVE - 10_000)
     slow.reading = False
     house.settle()
     assert house.reactor.held
@@ -1397,7 +1397,7 @@ def test_nobody_holds_the_room_for_longer_than_two_seconds(houses):
     house.until(
         lambda: (
             house.chat.logs[TelnetWire].offered > before
-            or len(house.chat.logs[TelnetWire]) > batchat.HOLD_ABOVE
+            or len(house.chat.logs[TelnetWire].data) > batchat.HOLD_ABOVE
         )
     )
 
@@ -1439,7 +1439,7 @@ def test_one_turn_reads_little_enough_that_the_log_keeps_to_its_window(houses):
                 talker.sock.send(b"x\n" * 8192)
     for _ in range(8):
         house.turn()
-        assert len(house.chat.logs[TelnetWire]) <= batchat.WINDOW
+        assert len(house.chat.logs[TelnetWire].data) <= batchat.WINDOW
 
 
 def test_a_full_house_says_so_and_lets_people_in_when_some_leave(houses):
@@ -1748,6 +1748,37 @@ def test_browsers_are_pinged_every_30_seconds_and_telnet_is_not(house):
     ann.reads_nothing()
 
 
+def test_a_browser_at_the_prompt_is_pinged_too(house):
+    browser = Browser(house)
+    house.wait(30)
+    assert browser.pings == 1
+
+
+def test_one_turn_sends_a_line_to_each_listener_once_and_those_without_splices_by_one_send(
+    house, monkeypatch
+):
+    mike, ann, bob = house.join("mike"), house.browse("ann"), house.join("bob")
+    flushed = []
+    flush = Reactor._flush
+    monkeypatch.setattr(
+        Reactor, "_flush", lambda self, it: flushed.append(it.name) or flush(self, it)
+    )
+    mike.types("hello")
+    ann.reads("<mike> hello\n")
+    bob.reads("<mike> hello\n")
+    assert flushed == ["mike"]
+
+
+def test_where_people_call_from_is_logged_as_they_would_write_it(houses, caplog):
+    caplog.set_level(logging.INFO)
+    house = houses(door=StandIn)
+    house.door.hosts += ["::ffff:192.0.2.7", "2001:db8::ffff:1"]
+    house.join("mike")
+    house.join("ann")
+    assert "mike joined from 192.0.2.7 port 4321" in caplog.text
+    assert "ann joined from 2001:db8::ffff:1 port 4321" in caplog.text
+
+
 def test_a_line_is_encoded_once_for_each_format_that_anyone_listens_to(house, monkeypatch):
     mike, ann = house.join("mike"), house.join("ann")
     encoded = []
@@ -1808,7 +1839,7 @@ def test_a_stalled_browser_is_dropped_and_costs_telnet_two_seconds(houses):
     flood(house, talker)
     house.wait(2.1)
     assert list(house.chat.people) == ["talker"]
-    assert len(house.chat.logs[TelnetWire]) == 0
+    assert len(house.chat.logs[TelnetWire].data) == 0
 
 
 ROOM_STEPS = st.one_of(
@@ -1864,7 +1895,7 @@ def test_a_room_of_both_wires_shows_everyone_just_what_a_list_of_their_own_would
         assert guest.looks() == owed[guest]
     for log in chat.logs.values():
         log.trim(log.end)
-        assert len(log) == 0
+        assert len(log.data) == 0
 
 
 # --------------------------------------------------------------------------
@@ -2290,6 +2321,7 @@ def test_people_in_chromium_and_in_telnet_talk_in_one_room():
             mike.shows("The line is lost.")
             with Server("--port", str(ports[0]), "--web-port", str(ports[1])) as again:
                 wait_until(lambda: "\nmike\n" in who_is_here(again))
+                assert mike.does("return document.querySelectorAll('.banner').length") == 7
                 jonny = again.join("jonny")
                 mike.shows("* jonny has joined the chat")
                 mike.types("/nick mick" + ENTER)
