@@ -1011,10 +1011,14 @@ class House:
         self.callers.append(caller)
         return caller
 
-    def join(self, name: str, buffer: int = 0) -> Caller:
+    def join(self, name: str, buffer: int = 0, wide: bool = False) -> Caller:
+        """Somebody who has joined; with small buffers on their way, on our side unless `wide`."""
         caller = self.call(buffer)
         caller.types(name)
         caller.reads(GREETING.decode() + f"Hey, {name}! Hope you enjoy the chat.\n\n")
+        if buffer and not wide:
+            sock = self.connection(name).sock
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         for other in self.callers:
             other.unread.clear()
         return caller
@@ -1361,7 +1365,7 @@ def test_talkers_go_on_when_the_slowest_listener_has_caught_up(houses):
 
 def test_a_listener_who_trickles_is_never_dropped_and_loses_nothing(houses):
     house = houses(rate=0)
-    talker, slow = house.join("talker"), house.join("slow", 4096)
+    talker, slow = house.join("talker"), house.join("slow", 4096, wide=True)
     slow.reading = False
     said = flood(house, talker) + 1
     heard = bytearray()
@@ -1386,7 +1390,6 @@ def test_nobody_holds_the_room_for_longer_than_two_seconds(houses):
     slow.reading = False
     flood(house, talker)
     # It comes back under the half, but not under the quarter, and then takes nothing.
-    house.connection("slow").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slow.reading = True
     house.until(lambda: len(house.chat.logs[TelnetWire].data) < batchat.HOLD_ABOVE - 10_000)
     slow.reading = False
@@ -1406,7 +1409,6 @@ def test_who_does_not_read_private_replies_is_not_read_until_they_do(houses):
     house = houses(rate=0)
     mike = house.join("mike", 4096)
     connection = house.connection("mike")
-    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     mike.reading = False
     mike.sends(b"/help\n" * 2000)
     house.settle()
@@ -1515,7 +1517,6 @@ def test_who_is_turned_away_does_not_count_among_those_from_their_address(houses
 def test_callers_who_are_turned_away_cut_off_nobody_who_is_still_owed_something(houses):
     house = houses(max_people=2, rate=0)
     talker, slow = house.join("talker"), house.join("slow", 4096)
-    house.connection("slow").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slow.reading = False
     talker.types(*[LONG] * 50, "the end")
     house.settle()
@@ -1543,7 +1544,6 @@ def test_a_flood_of_commands_is_paced_like_lines(houses):
 def test_who_ignores_talkers_and_stalls_is_behind_by_what_that_costs(houses):
     house = houses(rate=0)
     ann, bob, sleeper = house.join("ann"), house.join("bob"), house.join("sleeper", 4096)
-    house.connection("sleeper").sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     sleeper.types("/ignore ann")
     house.settle()
     sleeper.reading = False
