@@ -1225,6 +1225,8 @@ def test_lines_that_were_sent_before_a_reset_are_not_lost(house):
     jonny.sends(b"".join(b"line %d\n" % n for n in range(5000)))
     mike.types("you will never read this")
     jonny.hangs_up()  # with a line unread, which makes it a reset
+    house.settle()
+    mike.types("nor this")  # which fails to be sent
     expected = "".join(f"<jonny> line {n}\n" for n in range(5000)) + "* jonny has quit the chat\n"
     for _ in range(501):
         house.wait(1)
@@ -1420,16 +1422,22 @@ def test_who_does_not_read_private_replies_is_not_read_until_they_do(houses):
     assert mike.unread == help_text * 2000
 
 
-def test_a_talker_who_never_stops_does_not_starve_the_others(houses):
+def test_talkers_who_never_stop_are_listened_to_in_turn(houses):
     house = houses(rate=0)
     listener = house.join("listener")
-    talkers = [house.join(f"talker{n}") for n in range(8)]
-    for talker in talkers:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                talker.sock.send(b"\xff" * 4094 + b"\n")  # of which nothing is left
-    talkers[-1].sends(b"hello\n")
-    house.until(lambda: b"<talker7> " in listener.unread)
+    names = {f"talker-with-a-long-name{n}" for n in range(9)}
+    talkers = [house.join(name) for name in sorted(names)]
+    heard = set()
+    for _ in range(8):  # each of which has room for two talkers or three
+        for talker in talkers:
+            talker.unread.clear()
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    talker.sock.send(b"x\n" * 8192)
+        house.turn()
+        heard |= set(re.findall(r"<(\S+)> ", listener.unread.decode()))
+        listener.unread.clear()
+    assert heard == names
 
 
 def test_one_turn_reads_little_enough_that_the_log_keeps_to_its_window(houses):
@@ -2313,6 +2321,16 @@ def test_people_in_chromium_and_in_telnet_talk_in_one_room():
             mike.does("document.querySelector('#more').click()")
             wait_until(lambda: mike.does("return document.querySelector('#more').hidden"))
             assert mike.does("return document.querySelector('main').scrollTop") > 0
+
+            # While the tab is hidden, the title counts the lines that nobody has seen.
+            hide = "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
+            mike.does(hide.format("true"))
+            jonny.types("psst", "hey")
+            wait_until(lambda: mike.does("return document.title") == "(2) BATCHAT")
+            mike.does(
+                hide.format("false") + "document.dispatchEvent(new Event('visibilitychange'))"
+            )
+            assert mike.does("return document.title") == "BATCHAT"
             assert mike.complaints() == []
 
             # A restart: it says that the line is lost, comes back, and takes its name again.
