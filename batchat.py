@@ -548,6 +548,8 @@ def answer(request: bytes) -> tuple[bytes, bool]:
         return respond(HTTPStatus.OK, "html", PAGE), False
     if path == "/hello":
         return respond(HTTPStatus.OK, "plain", HELLO), False
+    if minor == "0":  # which knows no upgrades
+        raise HTTPError(HTTPStatus.BAD_REQUEST)
     return upgrade(method, headers), True
 
 
@@ -559,18 +561,19 @@ def upgrade(method: str, headers: Message) -> bytes:
 
     if "websocket" not in tokens("Upgrade") or "upgrade" not in tokens("Connection"):
         raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, "Upgrade: websocket", "Connection: Upgrade")
-    if headers.get("Sec-WebSocket-Version") != WEBSOCKET_VERSION:
+    if headers.get("Sec-WebSocket-Version", "").strip() != WEBSOCKET_VERSION:
         raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}")
     key = headers.get("Sec-WebSocket-Key", "").strip()
     try:
         good_key = len(b64decode(key, validate=True)) == 16
     except ValueError:
         good_key = False
-    if not good_key or method != "GET" or "Host" not in headers:
+    if not good_key or method != "GET":
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     # Another site's page may open a WebSocket to us, but it can't lie about its origin.
     origin = headers.get("Origin")
-    if origin and origin.lower().partition("://")[2] != headers["Host"].strip().lower():
+    host = headers["Host"].strip().lower()
+    if origin is not None and origin.strip().lower().partition("://")[2] != host:
         raise HTTPError(HTTPStatus.FORBIDDEN)
     accept = digest("sha1", key + WEBSOCKET_GUID)
     return (

@@ -487,6 +487,12 @@ def test_the_handshake_of_the_rfc_is_answered_as_it_says():
     [
         (101, "GET /chat HTTP/1.1", {"Origin": None}),
         (101, "GET /chat HTTP/1.1", {"Upgrade": "h2c, WebSocket", "Connection": "upgrade"}),
+        (
+            101,
+            "GET /chat HTTP/1.1",
+            {"Sec_WebSocket_Version": "13 ", "Origin": " http://chat.example:1338 "},
+        ),
+        (400, "GET /chat HTTP/1.0", {}),
         (426, "GET /chat HTTP/1.1", {"Upgrade": None}),
         (426, "GET /chat HTTP/1.1", {"Connection": "keep-alive"}),
         (426, "GET /chat HTTP/1.1", {"Sec_WebSocket_Version": "8"}),
@@ -497,6 +503,7 @@ def test_the_handshake_of_the_rfc_is_answered_as_it_says():
         (403, "GET /chat HTTP/1.1", {"Origin": "http://evil.example"}),
         (403, "GET /chat HTTP/1.1", {"Origin": "http://chat.example"}),
         (403, "GET /chat HTTP/1.1", {"Origin": "null"}),
+        (403, "GET /chat HTTP/1.1", {"Origin": ""}),
         (405, "POST /chat HTTP/1.1", {}),
         (400, "GET /chat HTTP/1.1", {"Host": None}),
         (400, "GET / HTTP/1.1", {"Host": None}),
