@@ -483,7 +483,7 @@ class TelnetWire(Wire):
 
 # A request's head and its first line (RFC 9112, sections 2.2 and 3).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/1\.(\d)\r?\n")
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/1\.(\d)\r?")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 WEBSOCKET_VERSION = "13"
 
@@ -523,15 +523,15 @@ def digest(algorithm: str, text: str) -> str:
 
 def answer(request: bytes) -> tuple[bytes, bool]:
     """What to answer to a request's head, and whether it opens a WebSocket; raises HTTPError."""
-    line, _, rest = request.decode("latin-1").partition("\n")
-    found = REQUEST_LINE.fullmatch(line + "\n")
+    import http.client  # here, for it takes 5 MB that telnet alone does not need
+
+    line, _, rest = request.partition(b"\n")
+    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not found:
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     method, target, minor = found.groups()
-    import http.client  # here, for it takes 5 MB that telnet alone does not need
-
     try:
-        headers = http.client.parse_headers(io.BytesIO(rest.encode("latin-1")))
+        headers = http.client.parse_headers(io.BytesIO(rest))
         path = urllib.parse.urlsplit(target).path
     except http.client.HTTPException:  # more than a hundred
         raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE) from None
@@ -1379,7 +1379,6 @@ class Reactor:
         origin = f"{host} port {port}"
         connection = Connection(sock, origin, log)
         self.connections[connection] = None
-        self._watch(connection)
         self._guard(self._admit, connection, host)
 
     def _admit(self, connection: Connection, host: str) -> None:
@@ -1394,9 +1393,7 @@ class Reactor:
             self._turn_away(connection, CROWDED)
         elif connection.wire.SPEAKS_FIRST:
             self.chat.handle(connection, WireEvent.OPENED)
-            self.naming.start(connection, self.now)
-        else:
-            self.calling.start(connection, self.now)
+        self._watch(connection)
         if len(self.connections) > limits.max_people + LOBBY:
             # Somebody who takes leave goes at once: the first to whom nothing is owed.
             self._forget(min(self.closing, key=lambda each: each.outbox.owes))
@@ -1418,17 +1415,10 @@ class Reactor:
         if self._handle_lines(connection) and not connection.wire.ended:
             self._receive(connection)
             self._handle_lines(connection)
-        if connection.state is not State.CALLING:
-            self.calling.stop(connection)
-        if connection.state is State.NAMING:
-            self.naming.start(connection, self.now)
-        else:
-            self.naming.stop(connection)
         self._watch(connection)
 
     def _receive(self, connection: Connection) -> None:
         """Read from a socket once."""
-        wire = connection.wire
         try:
             data = connection.sock.recv(READ_SIZE)
         except BlockingIOError:
@@ -1436,11 +1426,9 @@ class Reactor:
         except OSError as error:
             self._drop(connection, error.strerror or "lost")
             return
-        if connection.state in LISTENED_TO:
-            wire.feed(data)
-        elif not data:  # they have hung up; all else that comes now is thrown away
-            wire.ended = True
-            self._end_if_done(connection)
+        if connection.state in LISTENED_TO or not data:
+            connection.wire.feed(data)
+        self._end_if_done(connection)
 
     def _handle_lines(self, connection: Connection) -> bool:
         """Handle the lines that we hold of somebody; False where they must wait with the rest."""
@@ -1513,8 +1501,7 @@ class Reactor:
     def _begin_closing(self, connection: Connection) -> None:
         """Listen to somebody no more: they have some time to take what is owed and hang up."""
         connection.paused = False
-        for timer in (self.calling, self.naming, self.pacing):
-            timer.stop(connection)
+        self.pacing.stop(connection)
         self._release_address(connection)
         farewell = connection.wire.farewell(self.ends_at != NEVER)
         if farewell:
@@ -1565,7 +1552,12 @@ class Reactor:
                 del self.callers[group]
 
     def _watch(self, connection: Connection) -> None:
-        """Have the selector look out for just what this connection's state asks for."""
+        """Have the clock and the selector look out for just what a connection's state asks for."""
+        for timer, state in ((self.calling, State.CALLING), (self.naming, State.NAMING)):
+            if connection.state is state:
+                timer.start(connection, self.now)
+            else:
+                timer.stop(connection)
         events = 0
         if connection.state is not State.GONE:
             if not connection.paused and not connection.wire.ended:
@@ -1827,7 +1819,7 @@ function kindOf(text) {
 }
 
 function show(text, kind) {
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  const stay = atEnd();
   const line = document.createElement("p");
   line.className = kind;
   const parts = kind === "said" || kind === "action" || kind === "private"
@@ -1843,7 +1835,7 @@ function show(text, kind) {
   }
   log.append(line);
   if (log.childElementCount > LINES_KEPT) log.firstElementChild.remove();
-  if (atEnd || kind === "own") toEnd(); else below += 1;
+  if (stay || kind === "own") toEnd(); else below += 1;
   if (document.hidden) unread += 1;
   count();
 }
@@ -1854,6 +1846,8 @@ function hueOf(name) {
   return hash % 360;
 }
 
+function atEnd() { return log.scrollHeight - log.scrollTop - log.clientHeight < 40; }
+
 function toEnd() { log.scrollTop = log.scrollHeight; below = 0; }
 
 function count() {
@@ -1861,6 +1855,8 @@ function count() {
   more.textContent = `\u2193 ${below} new ${below === 1 ? "line" : "lines"}`;
   document.title = unread ? `(${unread}) BATCHAT` : "BATCHAT";
 }
+
+function canSay() { return socket.readyState === WebSocket.OPEN && !resuming; }
 
 function say(text) {
   if (new TextEncoder().encode(text).length > lineLimit) {
@@ -1874,14 +1870,14 @@ function say(text) {
 form.addEventListener("submit", event => {
   event.preventDefault();
   if (left) { connect(); return; }
-  if (socket.readyState !== WebSocket.OPEN || resuming) return;  // what was typed stays
+  if (!canSay()) return;  // what was typed stays
   say(input.value);
   input.value = "";
 });
 
 input.addEventListener("paste", event => {  // an input would make one line of many
   const lines = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
-  if (lines.length === 1 || socket.readyState !== WebSocket.OPEN || resuming) return;
+  if (lines.length === 1 || !canSay()) return;
   event.preventDefault();
   lines[0] = input.value.slice(0, input.selectionStart) + lines[0];
   input.value = lines.pop() + input.value.slice(input.selectionEnd);
@@ -1889,7 +1885,7 @@ input.addEventListener("paste", event => {  // an input would make one line of m
 });
 
 log.addEventListener("scroll", () => {
-  if (log.scrollHeight - log.scrollTop - log.clientHeight < 40) { below = 0; count(); }
+  if (atEnd()) { below = 0; count(); }
 });
 log.addEventListener("click", () => { if (!getSelection().toString()) input.focus(); });
 more.addEventListener("click", () => { toEnd(); count(); input.focus(); });

@@ -729,7 +729,7 @@ def test_newcomers_and_leavers_are_announced_to_the_others(room):
     assert jonny.reads() == "Hey, jonny! Hope you enjoy the chat.\n\n"
 
 
-def test_empty_lines_are_ignorers(room):
+def test_empty_lines_are_ignored(room):
     mike, jonny = room.join("mike"), room.join("jonny")
     mike.reads()
     jonny.types("", "   ", "\t")
@@ -789,7 +789,7 @@ def test_a_new_name_is_announced_to_all_and_frees_the_old_one(room):
     assert mike.reads() == ""
 
 
-def test_who_is_ignorers_is_not_heard_and_not_told_and_stays_so_through_a_new_name(room):
+def test_who_is_ignored_is_not_heard_and_not_told_and_stays_so_through_a_new_name(room):
     mike, troll, ann = map(room.join, ["mike", "troll", "ann"])
     mike.types("/ignore troll")
     assert mike.reads() == "* You no longer hear troll.\n"
