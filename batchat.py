@@ -1276,7 +1276,8 @@ class Reactor:
                 self._send_news(log)
         # Those with a backlog wait until they are writable.
         for connection in (told - self.backlogged.keys()).union(writable):
-            self._guard(self._flush, connection)
+            if connection.state is not State.GONE:
+                self._guard(self._flush, connection)
 
     def _send_news(self, log: Log) -> None:
         """Send those who follow a log what it got since the last turn."""

@@ -1,8 +1,9 @@
 """What BATCHAT promises, as tests that fail without it.
 
-Rooms, as in batchat.py: the log and its listeners, the wire, the chat, the
-reactor over real sockets, and at last `python batchat.py` itself, with the real
-telnet program.  Everything talks to loopback addresses alone.
+Rooms, as in batchat.py: the log and its listeners, the wires, the chat, the
+reactor over real sockets; then the whole server in a simulated network; and at
+last `python batchat.py` itself, with the real telnet and a real browser.
+Everything talks to loopback addresses alone.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import gc
 import hashlib
+import itertools
 import json
 import logging
 import os
+import random
 import re
 import selectors
 import shutil
@@ -25,7 +29,9 @@ import sys
 import time
 import unicodedata
 import urllib.request
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -1184,13 +1190,19 @@ def assert_nothing_is_left(house: House) -> None:
     """A house that is empty keeps nothing of those who were there."""
     reactor = house.reactor
     house.until(lambda: not reactor.connections)
+    assert len(reactor.selector.get_map()) == 2  # the doors
+    assert_nothing_is_kept(reactor)
+
+
+def assert_nothing_is_kept(reactor: Reactor) -> None:
+    assert not reactor.connections
     assert not reactor.chat.people
     assert not reactor.chat.told
     assert not reactor.backlogged
     assert not reactor.talkers
     assert not any(reactor.countdowns)
     assert not reactor.callers
-    assert len(reactor.selector.get_map()) == 2  # the doors
+    assert not any(log.listeners for log in reactor.chat.logs.values())
 
 
 def test_people_talk_and_leave(house):
@@ -1911,6 +1923,928 @@ def test_a_room_of_both_wires_shows_everyone_just_what_a_list_of_their_own_would
     for log in chat.logs.values():
         log.trim(log.end)
         assert len(log.data) == 0
+
+
+# --------------------------------------------------------------------------
+# The whole server, in a simulated network
+#
+# The real reactor, chat and wires run over sockets, a selector and a clock that
+# are worse than any real ones; beside them runs a model that keeps for everyone
+# a plain list of what they must read.  After every turn the two are compared.
+# --------------------------------------------------------------------------
+
+# Limits so small that a few lines reach them.
+SMALL_LIMITS = {
+    "LINE_LIMIT": 100,
+    "WINDOW": 4096,
+    "HOLD_ABOVE": 2048,
+    "HOLD_BELOW": 1024,
+    "SPLICE_SIZE": 16,
+    "PRIVATE_LIMIT": 1024,
+    "READ_SIZE": 4096,
+    "ACCEPT_BATCH": 2,
+    "PIECES_LIMIT": 5,
+    "LOBBY": 2,
+}
+DISMISSALS = [batchat.FULL, batchat.CROWDED, batchat.NAMELESS, batchat.TOO_SLOW, batchat.SHUTDOWN]
+VANISHED_SECONDS = 120  # until the system gives up a peer that is not there any more
+BOUNDLESS = 10**9  # bytes
+START = 1000.0  # on the clock, when a world begins
+
+
+class Peer:
+    """Somebody far away, and the socket that the server has of them."""
+
+    def __init__(self, world: World, wire: type[batchat.Wire], host: str, low_water: int) -> None:
+        self.world, self.wire, self.host = world, wire, host
+        self.group = batchat.address_group(host)
+        # The network between the two.
+        self.typed = b""  # all that they ever sent
+        self.arrived = b""  # of that, what the server has not read yet
+        self.ended = False  # they send no more ...
+        self.end_seen = False  # ... and the server knows
+        self.broken = 0  # the errno that the server gets once ...
+        self.error_seen = False  # ... and has got
+        self.vanished_at = batchat.NEVER
+        self.room = BOUNDLESS  # bytes that still fit into the buffers on their way
+        self.speed = 0  # bytes a second that they read, where that is little
+        self.low_water = low_water  # bytes that must fit, before the selector says so
+        self.got = bytearray()  # all that the server could send them
+        self.short_since = batchat.NEVER  # since when a send has been short
+        self.shut = self.closed = False  # what the server has done
+        # What the model knows of them.
+        self.stage = "outside"  # then "calling", "naming", "chatting", "left"
+        self.since = self.world.now  # when the stage began
+        self.owed = bytearray()
+        self.name = ""
+        self.tries = 0
+        self.ignored: set[Peer] = set()
+        self.says_goodbye = False  # an open WebSocket, which is owed a close frame
+        self.events: list = []  # what the server made of what they typed
+        self.replies = b""  # what the wire itself answered
+        self.late_since = batchat.NEVER  # since when they have been behind by half a window
+        self.waits_since = batchat.NEVER  # since when they could have been read, but were not
+        self.waits_turns = 0
+
+    # The socket
+
+    def setblocking(self, blocking: bool) -> None:
+        assert not blocking
+
+    def setsockopt(self, *option: int) -> None:
+        pass  # as a kernel that knows them all
+
+    def fileno(self) -> int:
+        return -1 if self.closed else 1000 + self.world.peers.index(self)
+
+    def break_down(self, error: int) -> None:
+        if not self.broken:
+            self.broken = error
+            self.world.faults += 1
+
+    def _complain(self) -> None:
+        """The error of a broken line is told once."""
+        self.world.work += 1
+        self.short_since = batchat.NEVER
+        if not self.error_seen:
+            self.error_seen = True
+            raise OSError(self.broken, os.strerror(self.broken))
+
+    def recv(self, most: int) -> bytes:
+        assert not self.closed
+        most = min(most, self.world.segment)
+        data, self.arrived = self.arrived[:most], self.arrived[most:]
+        if data:
+            self.world.work += 1
+            self.waits_since, self.waits_turns = batchat.NEVER, 0
+            return data
+        if self.broken:
+            self._complain()
+        elif not self.ended:
+            raise BlockingIOError
+        assert not self.end_seen, "read after the end"
+        self.world.work += 1
+        self.end_seen = True
+        return b""
+
+    def send(self, data: bytes) -> int:
+        assert data
+        assert not self.closed
+        assert not self.shut
+        if self.broken:
+            self._complain()
+            raise BrokenPipeError(errno.EPIPE, "nobody is there")
+        assert self.owed.startswith(data, len(self.got)), "they got what they must not get"
+        took = min(self.room, len(data))
+        if took < len(data):
+            self.short_since = self.world.now if took else min(self.short_since, self.world.now)
+        else:
+            self.short_since = batchat.NEVER
+        if not took:
+            raise BlockingIOError
+        self.world.work += 1
+        self.room -= took
+        self.got += data[:took]
+        return took
+
+    def sendmsg(self, pieces: list) -> int:
+        assert 0 < len(pieces) <= batchat.PIECES_LIMIT
+        return self.send(b"".join(pieces))
+
+    def shutdown(self, how: int) -> None:
+        self.world.work += 1
+        if self.broken:
+            raise OSError(errno.ENOTCONN, "nobody is there")
+        if how == socket.SHUT_WR:
+            assert self.unsent == 0
+            self.shut = True
+        else:
+            self.ended = True
+
+    def close(self) -> None:
+        assert not self.closed
+        assert self.may_be_closed, "closed without a reason"
+        self.closed = True
+        self.world.work += 1
+
+    def ready(self) -> int:
+        readable = self.arrived or self.ended or self.broken
+        writable = self.broken or self.room >= self.low_water
+        return (selectors.EVENT_READ if readable else 0) | (
+            selectors.EVENT_WRITE if writable else 0
+        )
+
+    # What must be so
+
+    @property
+    def connection(self) -> batchat.Connection:
+        return next(each for each in self.world.reactor.connections if each.sock is self)
+
+    @property
+    def unsent(self) -> int:
+        return 0 if self.error_seen else len(self.owed) - len(self.got)
+
+    @property
+    def is_here(self) -> bool:
+        return not self.closed and self.stage in ("calling", "naming", "chatting")
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether they may be dropped for being slow, as BATCHAT promises it."""
+        behind = self.connection.outbox.behind
+        since = min(self.short_since, self.late_since)
+        return behind > batchat.HOLD_ABOVE and self.world.passed(batchat.STALL_SECONDS, since)
+
+    @property
+    def may_be_dismissed(self) -> bool:
+        """Whether there is a reason to let go of them that they did not give themselves."""
+        world, limits = self.world, self.world.reactor.limits
+        # Whoever leaves has their place until the end of the turn.
+        here = [p for p in world.peers if p.is_here or (p.stage == "left" and p.since == world.now)]
+        from_there = [each for each in here if each.group == self.group]
+        return (
+            self.error_seen
+            or (self.stage == "calling" and world.passed(batchat.HEAD_SECONDS, self.since))
+            or (self.stage == "naming" and world.passed(batchat.NAME_SECONDS, self.since))
+            or len(here) > limits.max_people
+            or (self.group != "" and 0 < limits.max_per_address < len(from_there))
+            or world.reactor.ends_at != batchat.NEVER
+            or self.is_too_slow
+        )
+
+    @property
+    def may_be_closed(self) -> bool:
+        world = self.world
+        open_now = [each for each in world.by_arrival if not each.closed]
+        return (
+            self.error_seen
+            or (self.end_seen and self.shut)
+            or (self.stage == "left" and world.passed(batchat.CLOSING_SECONDS, self.since))
+            or (
+                len(open_now) > world.reactor.limits.max_people + batchat.LOBBY
+                and (not self.unsent or all(p.unsent for p in open_now if p.stage == "left"))
+            )
+            or world.now >= world.reactor.ends_at
+            or self.is_too_slow
+        )
+
+
+class SimulatedDoor:
+    """A socket that listens."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.waiting: list[Peer] = []
+        self.error = 0  # what accept fails with ...
+        self.fails_until = 0.0
+        self.closed = False
+
+    def setblocking(self, blocking: bool) -> None:
+        assert not blocking
+
+    def fileno(self) -> int:
+        return -1 if self.closed else 1
+
+    def ready(self) -> int:
+        return selectors.EVENT_READ if self.waiting else 0
+
+    def accept(self) -> tuple[Peer, tuple]:
+        if self.world.now < self.fails_until:
+            raise OSError(self.error, os.strerror(self.error))
+        if not self.waiting:
+            raise BlockingIOError
+        self.world.work += 1
+        peer = self.waiting.pop(0)
+        peer.stage, peer.since = "calling", self.world.now
+        self.world.by_arrival.append(peer)
+        return peer, (peer.host, 4321, 0, 0)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class SimulatedSelector:
+    """As strict as epoll; it sleeps for no longer than the world lets it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.keys: dict = {}
+
+    def register(self, sock, events: int, data=None) -> None:
+        assert sock not in self.keys
+        assert sock.fileno() >= 0
+        self.keys[sock] = selectors.SelectorKey(sock, sock.fileno(), events, data)
+        self.world.work += 1
+
+    def modify(self, sock, events: int, data=None) -> None:
+        self.unregister(sock)
+        self.register(sock, events, data)
+
+    def unregister(self, sock) -> None:
+        assert sock.fileno() >= 0
+        del self.keys[sock]
+        self.world.work += 1
+
+    def _ready(self) -> list:
+        ready = [(key, sock.ready() & key.events) for sock, key in self.keys.items()]
+        return [(key, events) for key, events in ready if events]
+
+    def select(self, timeout: float | None = None) -> list:
+        timeout = batchat.NEVER if timeout is None else timeout
+        self.world.woken = False
+        ready = self._ready()
+        while timeout > 0 and not ready and not self.world.woken:
+            timeout -= self.world.sleep(timeout)
+            ready = self._ready()
+        first = self.world.rotation % len(ready) if ready else 0
+        return ready[first:] + ready[:first]
+
+
+class Witness(Chat):
+    """The real chat; what the reactor asks of it, it asks of the model first."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.asked = False
+
+    def _ask(self, what: str, *arguments) -> None:
+        outermost, self.asked = not self.asked, True
+        if outermost:
+            getattr(self.world, what)(*arguments)
+        try:
+            getattr(Chat, what)(self, *arguments)
+        finally:
+            self.asked = not outermost
+
+    def handle(self, person, event) -> None:
+        self._ask("handle", person, event)
+
+    def leave(self, person, why) -> None:
+        self._ask("leave", person, why)
+
+    def reply(self, person, data) -> None:
+        self._ask("reply", person, data)
+
+    def ping(self) -> None:
+        self._ask("ping")
+
+    def close(self) -> None:
+        self._ask("close")
+
+
+class World:
+    """The server, everyone who calls it, the network between them, and the model."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.now = START
+        self.budget = 0.0  # seconds that the server may sleep, before the next step
+        self.woken = False  # by the next step, not by anything that it waited for
+        self.was_idle = False
+        self.work = 0  # what was done so far, in calls and events
+        self.faults = 0
+        self.rotation = 0  # who comes first among those who are ready
+        self.segment = BOUNDLESS  # bytes that one recv gets, at most
+        self.pinged_at = self.now
+        self.peers: list[Peer] = []
+        self.by_arrival: list[Peer] = []
+        self.doors = {TelnetWire: SimulatedDoor(self), WebWire: SimulatedDoor(self)}
+        self.selector = SimulatedSelector(self)
+        self.reactor = Reactor(
+            {door: wire for wire, door in self.doors.items()},
+            limits,
+            self.selector,
+            lambda: self.now,
+        )
+        self.reactor.chat = Witness(self)
+
+    def passed(self, seconds: float, since: float) -> bool:
+        return self.now - since > seconds - 1e-6
+
+    # The steps
+
+    def take(self, step: str, *how) -> None:
+        """Take a step as hypothesis chose it."""
+        getattr(self, "step_" + step)(*how)
+
+    def somebody(self, number: int) -> Peer | None:
+        """One of those who are at the other end of an open line."""
+        peers = [
+            each for each in self.peers if not each.closed and each.vanished_at == batchat.NEVER
+        ]
+        return peers[-1 - number % len(peers)] if peers else None
+
+    def call(self, wire: type[batchat.Wire], host: str, low_water: int) -> Peer:
+        peer = Peer(self, wire, host, low_water)
+        self.peers.append(peer)
+        self.doors[wire].waiting.append(peer)
+        return peer
+
+    def step_calls(self, wire, host: str, low_water: int, polite: bool) -> None:
+        peer = self.call(wire, host, low_water)
+        if wire is WebWire and polite:
+            self.type(peer, OPENING)
+
+    def step_joins(self, wire, host: str, name: str) -> None:
+        peer = self.call(wire, host, 1)
+        if wire is WebWire:
+            self.type(peer, OPENING)
+        self.type(peer, line_on(wire, name))
+
+    def type(self, peer: Peer, data: bytes) -> None:
+        if not peer.ended and not peer.broken:
+            peer.typed += data
+            peer.arrived += data
+
+    def step_says(self, number: int, line: str, times: int) -> None:
+        peer = self.somebody(number)
+        if peer:
+            self.type(peer, line_on(peer.wire, line) * times)
+
+    def step_sends(self, number: int, data: tuple[bytes, bytes]) -> None:
+        peer = self.somebody(number)
+        if peer:
+            self.type(peer, data[peer.wire is WebWire])
+
+    def step_reads(self, number: int, room: int, speed: int) -> None:
+        """From now on, they read so many bytes, and then so many a second."""
+        peer = self.somebody(number)
+        if peer:
+            peer.room, peer.speed = room, speed
+            self.faults += room < BOUNDLESS
+
+    def step_floods(self, number: int, line: str, other: int, room: int, speed: int) -> None:
+        """Somebody says a lot, and somebody reads it slowly, or is the one who says it."""
+        self.step_reads(other, room, speed)
+        self.step_says(number, line, 70)
+
+    def step_ends(self, number: int) -> None:
+        peer = self.somebody(number)
+        if peer:
+            peer.ended = True
+
+    def step_breaks(self, number: int, error: int, keeps: bool) -> None:
+        peer = self.somebody(number)
+        if peer and peer.stage != "outside":
+            peer.break_down(error)
+            if not keeps:
+                peer.typed = peer.typed[: len(peer.typed) - len(peer.arrived)]
+                peer.arrived = b""
+
+    def step_vanishes(self, number: int) -> None:
+        peer = self.somebody(number)
+        if peer and peer.stage != "outside":
+            peer.vanished_at = self.now
+            peer.room = peer.speed = 0
+            self.faults += 1
+
+    def step_accept_fails(self, wire, error: int, seconds: float) -> None:
+        self.doors[wire].error = error
+        self.doors[wire].fails_until = self.now + seconds
+        self.faults += 1
+
+    def step_turns(self, times: int, rotation: int, segment: int) -> None:
+        self.rotation, self.segment = rotation, segment
+        for _ in range(times):
+            self.budget = 0.0
+            self.turn()
+
+    def step_waits(self, seconds: float) -> None:
+        self.budget, self.segment = seconds, BOUNDLESS
+        self.woken = False
+        for _ in range(10_000):
+            if self.woken:
+                return
+            self.turn()
+        raise AssertionError("the wheel turns and turns")
+
+    def sleep(self, timeout: float) -> float:
+        """Let some time pass, `timeout` at most; returns the seconds."""
+        lines = [each for each in self.peers if not each.closed and not each.broken]
+        slow = [each for each in lines if each.speed and each.short_since != batchat.NEVER]
+        ends = [each.vanished_at + VANISHED_SECONDS - self.now for each in lines]
+        seconds = min([timeout, self.budget, *ends, *[0.1 for _ in slow]])
+        self.woken = seconds == self.budget < timeout
+        self.now += seconds
+        self.budget -= seconds
+        for peer in slow:
+            peer.room += int(peer.speed * seconds)
+        for peer in lines:
+            if self.passed(VANISHED_SECONDS, peer.vanished_at):
+                peer.break_down(errno.ETIMEDOUT)
+        return seconds
+
+    def turn(self) -> None:
+        before = self.work, self.now
+        was_held = self.reactor.held
+        self.reactor.turn()
+        idle = (self.work, self.now) == before and not self.woken
+        assert not (idle and self.was_idle), "the wheel turned twice with nothing to do"
+        self.was_idle = idle
+        self.check(was_held or self.reactor.held)
+
+    # The model: what everybody must read
+
+    def shows(self, peer: Peer, text: str) -> None:
+        peer.owed += peer.wire.encode(text)
+
+    def announces(self, text: str, *but: Peer) -> None:
+        for peer in self.inside:
+            if peer not in but:
+                self.shows(peer, text)
+
+    def says(self, speaker: Peer, text: str) -> None:
+        deaf = [each for each in self.inside if speaker in each.ignored]
+        self.announces(text, speaker, *deaf)
+
+    @property
+    def inside(self) -> list[Peer]:
+        return [each for each in self.peers if each.stage == "chatting"]
+
+    def called(self, name: str) -> Peer | None:
+        key = batchat.name_key(name)
+        return next((each for each in self.inside if batchat.name_key(each.name) == key), None)
+
+    def goes(self, peer: Peer, notice: bool = True) -> None:
+        was_inside = peer.stage == "chatting"
+        peer.stage, peer.since = "left", self.now
+        if was_inside and notice:
+            self.announces(f"* {peer.name} has quit the chat\n")
+        for other in self.peers:
+            other.ignored.discard(peer)
+        peer.ignored.clear()
+        if peer.says_goodbye:
+            closing = self.reactor.ends_at != batchat.NEVER
+            peer.owed += batchat.frame(batchat.CLOSE, b"\x03\xe9" if closing else b"\x03\xe8")
+
+    def handle(self, person, event) -> None:
+        peer = person.sock
+        self.work += 1
+        peer.waits_since, peer.waits_turns = batchat.NEVER, 0
+        if event is not WireEvent.OPENED or peer.wire is WebWire:
+            peer.events.append(event)
+        if event is WireEvent.OPENED:
+            peer.stage, peer.since = "naming", self.now
+            peer.says_goodbye = peer.wire is WebWire
+            self.shows(peer, batchat.GREETING)
+        elif event is WireEvent.LEAVE or peer.stage == "calling":
+            self.goes(peer)
+        elif peer.stage == "naming":
+            self.take_name(peer, event)
+        elif event is WireEvent.TOO_LONG:
+            self.shows(peer, "* A line has at most 100 bytes; yours was not sent.\n")
+        elif event.startswith("/") and not event.startswith("//"):
+            self.take_command(peer, *(event + " ").split(" ", 1))
+        elif event.strip():
+            self.says(peer, f"<{peer.name}> {event[event.startswith('//') :]}\n")
+
+    def leave(self, person, why: str) -> None:
+        assert person.sock.may_be_dismissed, why
+        self.goes(person.sock)
+
+    def reply(self, person, data: bytes) -> None:
+        peer = person.sock
+        peer.owed += data
+        if data != peer.wire.PING and not any(text.encode()[:-1] in data for text in DISMISSALS):
+            peer.replies += data
+            if peer.says_goodbye and frames_of(data)[-1][0] == 0x88:
+                peer.says_goodbye = False
+
+    def ping(self) -> None:
+        assert self.passed(batchat.PING_SECONDS, self.pinged_at)
+        self.pinged_at = self.now
+        for peer in self.inside:
+            peer.owed += peer.wire.PING
+
+    def close(self) -> None:
+        self.announces(batchat.SHUTDOWN)
+        for peer in self.inside:
+            self.goes(peer, notice=False)
+
+    def why_not(self, peer: Peer, text: str) -> str:
+        """Why they can't be called so; empty where they can."""
+        try:
+            name = batchat.check_name(text)
+        except batchat.Refusal as why:
+            return f"* {why}\n"
+        taken = self.called(name) not in (None, peer) or name.lower() == "you"
+        return f"* The name {name} is taken.\n" if taken else ""
+
+    def take_name(self, peer: Peer, event) -> None:
+        if event in (WireEvent.TOO_LONG, "/quit") or batchat.HTTP_REQUEST.match(event):
+            self.goes(peer)
+            return
+        why = self.why_not(peer, event)
+        if not why:
+            peer.name = batchat.check_name(event)
+            self.announces(f"* {peer.name} has joined the chat\n")
+            peer.stage, peer.since = "chatting", self.now
+            self.shows(peer, f"Hey, {peer.name}! Hope you enjoy the chat.\n\n")
+            return
+        peer.tries += 1
+        last = peer.tries == batchat.NAME_TRIES
+        self.shows(peer, why + (batchat.GOODBYE if last else batchat.PROMPT))
+        if last:
+            self.goes(peer)
+
+    def take_command(self, peer: Peer, verb: str, rest: str) -> None:
+        verb, rest = verb.lower(), rest.strip()
+        takes = batchat.COMMANDS[verb][0] if verb in batchat.COMMANDS else None
+        if takes is None:
+            answer = f"* There is no command {verb}; /help shows those there are.\n"
+        elif len(rest.split(None, 1)) < len(takes.split()):
+            answer = f"* It goes like this: {verb} {takes}\n"
+        else:
+            answer = getattr(self, "do_" + verb[1:])(peer, rest)
+        if answer:
+            self.shows(peer, answer)
+
+    def do_help(self, peer: Peer, rest: str) -> str:
+        return batchat.HELP
+
+    def do_who(self, peer: Peer, rest: str) -> str:
+        names = [each.name for each in self.inside]
+        names.sort(key=batchat.name_key)
+        return f"* {len(names)} here: {', '.join(names)}\n"
+
+    def do_me(self, peer: Peer, rest: str) -> None:
+        self.says(peer, f"** {peer.name} {rest}\n")
+
+    def do_msg(self, peer: Peer, rest: str) -> str:
+        name, text = rest.split(None, 1)
+        other = self.called(name)
+        if other is None:
+            return f"* Nobody here is called {name}.\n"
+        if peer not in other.ignored:
+            if other.connection.outbox.private_bytes > batchat.PRIVATE_LIMIT:
+                return f"* {other.name} has too much to read; your line was not sent.\n"
+            self.shows(other, f"[{peer.name} -> you] {text}\n")
+        return f"[you -> {other.name}] {text}\n"
+
+    def do_nick(self, peer: Peer, rest: str) -> str:
+        why = self.why_not(peer, rest)
+        if why:
+            return why
+        name, before = batchat.check_name(rest), peer.name
+        if name == before:
+            return f"* You are {name} already.\n"
+        peer.name = name
+        self.announces(f"* {before} is now known as {name}\n")
+        return ""
+
+    def do_ignore(self, peer: Peer, rest: str) -> str:
+        other = self.called(rest)
+        if other is None:
+            return f"* Nobody here is called {rest}.\n"
+        if other is peer:
+            return "* You can't ignore yourself.\n"
+        peer.ignored ^= {other}
+        if other in peer.ignored:
+            return f"* You no longer hear {other.name}.\n"
+        return f"* You hear {other.name} again.\n"
+
+    def do_quit(self, peer: Peer, rest: str) -> None:
+        self.goes(peer)
+
+    # What must be so after every turn
+
+    def check(self, held: bool) -> None:
+        reactor, peers = self.reactor, self.peers
+        connections = {each.sock: each for each in reactor.connections}
+        here = [each for each in peers if each.is_here]
+        assert [*connections] == [p for p in self.by_arrival if not p.closed]
+        assert self.now <= self.pinged_at + batchat.PING_SECONDS
+        for log in reactor.chat.logs.values():
+            assert len(log.data) < batchat.WINDOW + 500, "more than a line and some notices"
+        assert {key: each.sock for key, each in reactor.chat.people.items()} == {
+            batchat.name_key(each.name): each for each in self.inside
+        }
+        ignored = reactor.chat._ignorers.items()
+        assert {(other.sock, each.sock) for other, by in ignored for each in by} == {
+            (other, each) for each in self.inside for other in each.ignored
+        }
+        groups = Counter(each.group for each in here)
+        del groups[""]
+        assert reactor.callers == groups
+        assert len(here) <= reactor.limits.max_people
+        assert max(groups.values(), default=0) <= (reactor.limits.max_per_address or len(here))
+        for timer, stage in [
+            (reactor.calling, "calling"),
+            (reactor.naming, "naming"),
+            (reactor.closing, "left"),
+        ]:
+            assert {each.sock for each in timer} == {p for p in connections if p.stage == stage}
+        for kept in (reactor.stalled, reactor.pacing, reactor.talkers, reactor.backlogged):
+            assert all(each.sock in connections for each in kept)
+        doors = set() if reactor.retry_at != batchat.NEVER else set(self.doors.values())
+        assert {sock for sock in self.selector.keys if sock not in connections} == doors
+        behind = [each.outbox.behind for each in connections.values()]
+        assert not reactor.held or max(behind) >= batchat.HOLD_BELOW, "held for nobody"
+        assert reactor.held_until <= self.now + batchat.STALL_SECONDS, "held for too long"
+        for peer, connection in connections.items():
+            self.check_connection(peer, connection, held)
+
+    def check_connection(self, peer: Peer, connection: batchat.Connection, held: bool) -> None:
+        reactor, outbox = self.reactor, connection.outbox
+        key = self.selector.keys.get(peer)
+        events = key.events if key else 0
+        reads, writes = events & selectors.EVENT_READ, events & selectors.EVENT_WRITE
+        assert bool(reads) == (not connection.paused and not peer.end_seen)
+        assert writes or peer.short_since == batchat.NEVER, "a send was short, and nobody goes on"
+        assert bool(writes) == bool(peer.unsent) or reactor._patience() == 0
+        too_private = outbox.private_bytes > batchat.PRIVATE_LIMIT
+        in_line = connection in reactor.talkers or connection in reactor.pacing
+        assert in_line or too_private or not connection.paused
+        late = outbox.behind > batchat.HOLD_ABOVE
+        peer.late_since = min(peer.late_since, self.now) if late else batchat.NEVER
+        assert self.now - peer.late_since < batchat.STALL_SECONDS + 1e-6, "not dropped in time"
+        to_read = peer.arrived or ((peer.ended or peer.broken) and not peer.end_seen)
+        if to_read and not (too_private or connection in reactor.pacing):
+            peer.waits_since = min(peer.waits_since, self.now)
+            peer.waits_turns += not held
+            # Each of those in line may fill the room, and each listener may hold it once.
+            most = len(reactor.connections) + 1
+            assert peer.waits_turns <= most, "read too late, in turns"
+            assert self.now - peer.waits_since <= most * batchat.STALL_SECONDS, "in seconds"
+        else:
+            peer.waits_since, peer.waits_turns = batchat.NEVER, 0
+
+    # What must be so in the end
+
+    def settle(self) -> None:
+        """Let everyone read and time pass, until nothing is under way any more."""
+        for peer in self.peers:
+            if peer.vanished_at == batchat.NEVER:
+                peer.room = BOUNDLESS
+        for _ in range(1000):
+            self.step_waits(1.0)
+            open_now = [each for each in self.peers if not each.closed]
+            if not (
+                self.reactor.talkers
+                or self.reactor.pacing
+                or any(p.arrived or p.unsent or p.stage == "outside" for p in open_now)
+            ):
+                return
+        raise AssertionError("something is left to do for ever")
+
+    def check_that_nothing_is_lost(self) -> None:
+        """All that was typed was understood, and all that was owed was sent."""
+        for peer in self.peers:
+            events, replies = (events_of if peer.wire is TelnetWire else web_events_of)(peer.typed)
+            if peer.end_seen and (peer.wire is TelnetWire or events[-1:] != [WireEvent.LEAVE]):
+                events.append(WireEvent.LEAVE)
+            seen = re.sub(rb"Date: .*\r\n", b"", peer.replies)
+            assert events[: len(peer.events)] == peer.events
+            assert replies.startswith(seen)
+            if peer.is_here:
+                assert (peer.events, seen) == (events, replies)
+                assert not peer.ended
+            if not peer.closed:
+                assert peer.owed == peer.got
+
+    def everybody_hangs_up(self) -> None:
+        for peer in self.peers:
+            peer.ended = True
+        self.step_waits(VANISHED_SECONDS)
+        assert all(each.closed for each in self.peers)
+        assert not any(log.data for log in self.reactor.chat.logs.values())
+
+    def the_room_closes(self) -> None:
+        here = [each for each in self.peers if each.is_here and each.room]
+        self.reactor.stop()
+        self.budget = 10.0
+        self.reactor.run()
+        assert all(each.closed for each in self.peers)
+        assert all(each.shut and each.owed == each.got for each in here)
+        assert all(door.closed for door in self.doors.values())
+
+
+def line_on(wire: type[batchat.Wire], line: str) -> bytes:
+    return masked(1, line.encode()) if wire is WebWire else line.encode() + b"\r\n"
+
+
+def every(step: str, *choices) -> st.SearchStrategy:
+    """One of all the ways to take a step."""
+    return st.sampled_from([(step, *how) for how in itertools.product(*choices)])
+
+
+WHO = range(5)
+HOSTS = ["127.0.0.1", "203.0.113.5", "::ffff:203.0.113.5", "2001:db8::7"]
+CHAT = [
+    *("hi", "how are you?", "x" * 80, "y" * 90, "z" * 101, "", "h\u00e9\x1b[2J", "//slash"),
+    *("/who", "/help", "/me waves", "/msg ann psst", "/msg bob " + "p" * 80, "/msg cy", "/nope"),
+    *("/nick eve", "/nick ann", "/nick Bob", "/ignore ann", "/ignore bob", "/ignore eve"),
+    *("/quit", "GET / HTTP/1.1", "ann", "a b"),
+]
+GARBAGE = [  # for telnet, and for a browser
+    *[(b"half a li", masked(1, b"frag", False)), (b"\r", masked(0, b"ment")), (b"\n", OPENING)],
+    *[(b"\xff\xf6", masked(9, b"ping")), (b"\xff\xfd\x06", masked(10, b"")), (b"\0", b"\x81")],
+    *[(b"\xff", masked(1, b"hi")[:3]), (b"\xff\xfa\x1f\0", OPENING[:40]), (b"\xf0", OPENING[40:])],
+    *[(b"\b", masked(1, b"a\nb")), (b"\xc3", masked(1, b"\xff")), (b"no end" * 99, b"G")],
+    *[(b"\xff\xf4", masked(8, b"")), (b"\x04", masked(1, b"x" * 101)), (b"\xa9", b"\xa9\r\n\r\n")],
+]
+ERRORS = [errno.ECONNRESET, errno.EPIPE, errno.ENOBUFS]
+ACCEPT_ERRORS = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ECONNABORTED]
+JOINS = every("joins", [TelnetWire, WebWire], HOSTS, ["ann", "bob", "cy", "dan", "eve", "Bob"])
+SAYS = every("says", WHO, CHAT, [1, 2, 30])
+FLOODS = every("floods", WHO, ["x" * 80, "/who"], WHO, [0, 1, 1000], [0, 300, 1000])
+STALLS = every("reads", WHO, [0, 1, 10, 100], [0, 100])
+READS = every("reads", WHO, [BOUNDLESS, 1, 100, 2500], [0])
+TURNS = every("turns", [1, 2, 3], range(5), [BOUNDLESS, BOUNDLESS, 3, 40])
+NETWORK_STEPS = st.one_of(
+    TURNS,
+    TURNS,
+    JOINS,
+    JOINS,
+    SAYS,
+    SAYS,
+    FLOODS,
+    FLOODS,
+    STALLS,
+    READS,
+    every("calls", [TelnetWire, WebWire], HOSTS, [1, 50, 500], [True, False]),
+    every("sends", WHO, GARBAGE),
+    every("waits", [0.5, 0.05, 1.9, 2.1, 2.1, 6.0, 11.0, 31.0, 125.0]),
+    every("ends", WHO),
+    every("breaks", WHO, ERRORS, [True, False]),
+    every("vanishes", WHO),
+    every("accept_fails", [TelnetWire, WebWire], ACCEPT_ERRORS, [0.5, 1.5]),
+)
+LIMITS = st.sampled_from(
+    [Limits(*each) for each in itertools.product([10, 0, 0], [1000, 1000, 3], [0, 0, 2])]
+)
+HISTORIES = st.integers(0, 60).flatmap(lambda n: st.lists(NETWORK_STEPS, min_size=n, max_size=n))
+
+
+WORLDS = st.tuples(LIMITS, HISTORIES, st.booleans(), st.booleans())
+
+
+def raise_it(*arguments) -> None:
+    raise  # noqa: PLE0704
+
+
+def simulate(limits: Limits, history: list, closes: bool, sendmsg: bool) -> World:
+    """One run of the world, from the first caller until everybody has gone."""
+    with mock.patch.multiple(batchat, HAS_SENDMSG=sendmsg, **SMALL_LIMITS), mock.patch.object(
+        batchat.logger, "exception", raise_it
+    ):
+        world = World(limits)
+        for step in history:
+            world.take(*step)
+        world.settle()
+        world.check_that_nothing_is_lost()
+        if closes:
+            world.the_room_closes()
+        else:
+            world.everybody_hangs_up()
+        assert_nothing_is_kept(world.reactor)
+        return world
+
+
+@settings(max_examples=1000)
+@given(WORLDS)
+def test_whatever_the_network_does_everyone_reads_all_that_they_must_and_nothing_else(how):
+    simulate(*how)
+
+
+# --------------------------------------------------------------------------
+# The soak: `pytest -m soak`
+# --------------------------------------------------------------------------
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--soak-minutes", type=float, default=1, help="how long -m soak takes")
+
+
+@pytest.mark.soak
+def test_soak_in_the_simulated_network(pytestconfig, capsys):
+    seconds = pytestconfig.getoption("--soak-minutes") * 60
+    start = time.monotonic()
+    tally: Counter[str] = Counter()
+
+    @settings(max_examples=500, database=None)
+    @given(WORLDS)
+    def some_runs(how):
+        world = simulate(*how)
+        tally.update(runs=1, steps=len(how[1]), faults=world.faults, seconds=world.now - START)
+
+    while time.monotonic() < start + seconds:
+        some_runs()
+        hours = tally["seconds"] / 3600
+        with capsys.disabled():
+            print(
+                f"\r{tally['runs']} runs, {tally['steps']} steps, {tally['faults']} faults injected,"
+                f" {hours:.1f} simulated hours",
+                end="",
+                flush=True,
+            )
+
+
+class Crowd:
+    """200 people who come and go at random, over real sockets."""
+
+    def __init__(self, house: House, seed: int) -> None:
+        self.house = house
+        self.random = random.Random(seed)
+
+    def stirs(self) -> None:
+        """Somebody does something."""
+        house, chance = self.house, self.random.random
+        if len(house.callers) < 200:
+            number = self.random.randrange(1000)
+            if chance() < 0.5:
+                house.call(4096 if chance() < 0.1 else 0).sends(b"p%d\r\n" % number)
+            else:
+                Browser(house, OPENING + masked(1, b"w%d" % number))
+        caller = self.random.choice(house.callers)
+        what = chance()
+        with contextlib.suppress(OSError):  # we ended it already, or our buffers are full
+            if what < 0.02:
+                caller.hangs_up()
+            elif what < 0.03:
+                caller.resets()
+            elif what < 0.04:
+                caller.says_no_more()
+            elif what < 0.1:
+                caller.reading = not caller.reading
+            else:
+                wire = WebWire if isinstance(caller, Browser) else TelnetWire
+                caller.sock.send(line_on(wire, self.random.choice(CHAT)))
+        house.callers = [
+            each for each in house.callers if each.sock.fileno() >= 0 and not each.gone
+        ]
+
+    def goes_on(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.stirs()
+            self.house.clock.time += 0.01
+            self.house.turn()
+        for caller in self.house.callers:
+            caller.hangs_up()
+        self.house.wait(batchat.CLOSING_SECONDS)
+        assert_nothing_is_left(self.house)
+        self.house.callers.clear()
+
+
+def kept() -> tuple[int, int]:
+    """The descriptors and the blocks of memory that this process holds."""
+    gc.collect()
+    return len(os.listdir("/dev/fd")), getattr(sys, "getallocatedblocks", int)()
+
+
+@pytest.mark.soak
+def test_200_people_who_come_and_go_for_a_minute_leave_nothing_behind(houses):
+    house, seed = houses(rate=0), time.time_ns()
+    print(f"seed: {seed}")
+    crowd = Crowd(house, seed)
+    crowd.goes_on(5)
+    descriptors, blocks = kept()
+    crowd.goes_on(60)
+    after = kept()
+    assert after[0] == descriptors
+    assert after[1] < blocks + 1000
 
 
 # --------------------------------------------------------------------------
