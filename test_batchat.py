@@ -2720,15 +2720,10 @@ HISTORIES = st.integers(0, 60).flatmap(lambda n: st.lists(NETWORK_STEPS, min_siz
 WORLDS = st.tuples(LIMITS, HISTORIES, st.booleans(), st.booleans())
 
 
-def raise_it(*arguments) -> None:
-    raise  # noqa: PLE0704
-
-
 def simulate(limits: Limits, history: list, closes: bool, sendmsg: bool) -> World:
     """One run of the world, from the first caller until everybody has gone."""
-    with mock.patch.multiple(batchat, HAS_SENDMSG=sendmsg, **SMALL_LIMITS), mock.patch.object(
-        batchat.logger, "exception", raise_it
-    ):
+    ours = mock.patch.object(batchat.logger, "exception", side_effect=AssertionError)
+    with mock.patch.multiple(batchat, HAS_SENDMSG=sendmsg, **SMALL_LIMITS), ours:
         world = World(limits)
         for step in history:
             world.take(*step)
