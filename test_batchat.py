@@ -32,6 +32,7 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -2715,8 +2716,6 @@ LIMITS = st.sampled_from(
     [Limits(*each) for each in itertools.product([10, 0, 0], [1000, 1000, 3], [0, 0, 2])]
 )
 HISTORIES = st.integers(0, 60).flatmap(lambda n: st.lists(NETWORK_STEPS, min_size=n, max_size=n))
-
-
 WORLDS = st.tuples(LIMITS, HISTORIES, st.booleans(), st.booleans())
 
 
@@ -3366,3 +3365,62 @@ def test_it_is_a_single_file_that_runs_wherever_it_is_copied(tmp_path):
         cwd=tmp_path,
     )
     assert done.stdout == f"BATCHAT {batchat.__version__}\n"
+
+
+# --------------------------------------------------------------------------
+# python bench/fanout.py
+# --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A copy of the benchmark, which finds no other servers, as a command."""
+    (tmp_path / "bench").mkdir()
+    shutil.copy(BATCHAT, tmp_path)
+    shutil.copy(BATCHAT.parent / "bench" / "fanout.py", tmp_path / "bench")
+    program = [sys.executable, str(tmp_path / "bench" / "fanout.py")]
+    return [*program, "--people", "20", "--talkers", "2", "--repeat", "1"]
+
+
+def servers_of(bench: list[str]) -> list[Path]:
+    """The processes that run the copy of BATCHAT beside that benchmark."""
+    program = os.fsencode(Path(bench[1]).parent.parent / "batchat.py")
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if program in (process / "cmdline").read_bytes().split(b"\0")[:3]:
+                found.append(process)
+    return found
+
+
+def test_the_benchmark_prints_a_row_for_every_load_and_says_what_is_missing(bench, tmp_path):
+    command = [*bench, "--seconds", "0.2", "--peers", "batchat", "nats"]
+    done = subprocess.run(
+        command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=True
+    )
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [(row[0].strip("| "), row[1]) for row in rows] == [
+        ("flat out, 20 people", "BATCHAT"),
+        ("flat out, 20 people", "nats"),
+        ("one at a time, 20 people", "BATCHAT"),
+        ("one at a time, 20 people", "nats"),
+        ("one stalls, 10 people", "BATCHAT"),
+        ("one stalls, 10 people", "nats"),
+        ("growth, 10 people", "BATCHAT"),
+        ("growth, 100 people", "BATCHAT"),
+    ]
+    for row in rows:
+        assert row[8] == "0" if row[1] == "BATCHAT" else "not on the PATH" in row[10]
+    drawing = ElementTree.parse(tmp_path / "bench" / "fanout.svg")
+    assert "BATCHAT" in [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="there is no /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_benchmark_ends_its_servers_however_it_ends_itself(bench, number):
+    with subprocess.Popen(
+        [*bench, "--seconds", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_until(lambda: servers_of(bench))
+        process.send_signal(number)
+    wait_until(lambda: not servers_of(bench))
