@@ -133,6 +133,7 @@ STALL_SECONDS = 2.0  # that one listener may hold up the room
 SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
 PRIVATE_LIMIT = 64 << 10  # bytes of private lines unsent, before we stop listening
 
+SEND_BUFFER = 2 << 20  # bytes that the system keeps for a listener; Linux doubles it
 READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starves the rest
 BACKLOG = 1024  # callers that the system lets wait for us
 ACCEPT_BATCH = 256  # callers let in a turn
@@ -1047,6 +1048,8 @@ SOCKET_OPTIONS = [
     for level, name, value in [
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line leaves at once
         (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet may send part of Ctrl-C as urgent data
+        # A size of the system's own grows, and it looks as if a stalled listener read on.
+        (socket.SOL_SOCKET, "SO_SNDBUF", SEND_BUFFER),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_IDLE),
         (socket.IPPROTO_TCP, "TCP_KEEPALIVE", KEEPALIVE_IDLE),  # the same, as macOS calls it

@@ -1371,6 +1371,16 @@ def test_a_listener_who_takes_nothing_holds_the_room_for_two_seconds_and_is_drop
     house.until(lambda: ann.unread.endswith(b"<talker> hello again\r\n"))
 
 
+def test_what_the_system_keeps_for_a_listener_has_a_size_that_does_not_grow(houses):
+    house = houses()
+    house.join("ann")
+    ours, fixed = house.connection("ann").sock, socket.socket()
+    with fixed:
+        fixed.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, batchat.SEND_BUFFER)  # see tcp(7)
+        sizes = [each.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for each in (ours, fixed)]
+    assert sizes[0] == sizes[1]
+
+
 def test_talkers_go_on_when_the_slowest_listener_has_caught_up(houses):
     house = houses(rate=0)
     talker, slow = house.join("talker"), house.join("slow", 4096)
