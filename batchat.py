@@ -158,7 +158,7 @@ USER_TIMEOUT = 120_000  # or after so many milliseconds without an ACK of what w
 # 3. Log and Outbox
 # --------------------------------------------------------------------------
 
-FOREVER = sys.maxsize  # an offset that no log ever reaches
+FOREVER = 1 << 62  # an offset that no log ever reaches
 Buffer = Union[bytes, memoryview]
 Splice = Tuple[int, int, bytes]
 NO_SPLICES: list[Splice] = []  # what nearly everyone has: it stays empty, and in the cache
@@ -167,8 +167,8 @@ NO_SPLICES: list[Splice] = []  # what nearly everyone has: it stays empty, and i
 class Log:
     """What was said, in one wire's format: a byte stream with absolute offsets.
 
-    Its end is kept.  It cannot grow or be trimmed while a memoryview of `data`
-    is alive.
+    Only its tail is kept.  It cannot grow or be trimmed while a memoryview of
+    `data` is alive.
     """
 
     __slots__ = ("data", "listeners", "newest", "offered", "start", "wire")
@@ -234,7 +234,7 @@ class Outbox:
         """Hear nothing that is said from now on; what is owed stays owed."""
         self.log.listeners -= 1
         end = self.log.end
-        if self._reach <= end:
+        if self._reach <= end:  # who was deafened stands at FOREVER already
             self._splice(end, FOREVER - end, b"")
 
     def deafen(self) -> None:
@@ -293,15 +293,14 @@ class Outbox:
             if sent < at - self.cursor:
                 break
             sent -= at - self.cursor
-            self.cursor = at
+            self.cursor = at + skip  # already, for what is left out need not be kept
             if sent < len(insert):
-                self.splices[done] = (at, skip, insert[sent:])
+                self.splices[done] = (self.cursor, 0, insert[sent:])
                 self.private_bytes -= sent
                 sent = 0
                 break
             sent -= len(insert)
             self.private_bytes -= len(insert)
-            self.cursor += skip
             done += 1
         if done:
             self.splices = self.splices[done:] or NO_SPLICES
@@ -854,7 +853,8 @@ class Chat:
     def __init__(self) -> None:
         self.logs: dict[type[Wire], Log] = {wire: Log(wire) for wire in (TelnetWire, WebWire)}
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
-        self.told: set[Person] = set()  # those to see to: they were told something, or let go
+        # Those to see to, in this order: they were told something, or let go.
+        self.told: dict[Person, None] = {}
         # Those who ignore somebody, by whom they ignore.
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)
 
@@ -867,7 +867,7 @@ class Chat:
     def reply(self, person: Person, data: bytes) -> None:
         """The same, with bytes as they go over the wire."""
         person.outbox.insert(data)
-        self.told.add(person)
+        self.told[person] = None
 
     def ping(self) -> None:
         """Give everyone in the room a sign of life, where their wire has one."""
@@ -893,7 +893,7 @@ class Chat:
         """Let a person go: they hear nothing more, and the others hear that they went."""
         was_chatting = person.state is State.CHATTING
         person.state = State.CLOSING
-        self.told.add(person)
+        self.told[person] = None
         if not was_chatting:
             logger.debug("%s left before joining: %s", person.origin, why)
             return
@@ -911,7 +911,7 @@ class Chat:
         for person in self.people.values():
             person.state = State.CLOSING
             person.outbox.leave()
-            self.told.add(person)
+            self.told[person] = None
         self.people.clear()
 
     # The state machine
@@ -1191,7 +1191,6 @@ class Reactor:
     def stop(self) -> None:
         """Close the room: tell everyone, send what is owed, wait for them to hang up."""
         self.ends_at = self.now + SHUTDOWN_SECONDS
-        self.held_until = self.now
         if self.retry_at == NEVER:
             self._close_doors()
         self.retry_at = NEVER
@@ -1269,8 +1268,8 @@ class Reactor:
 
     def _write_phase(self, writable: list[Connection]) -> None:
         """Send everyone what is new to them, each in one system call."""
-        told = cast("set[Connection]", self.chat.told)
-        self.chat.told = set()
+        told = cast("dict[Connection, None]", self.chat.told)
+        self.chat.told = {}
         for connection in told:
             if connection.state is State.CLOSING:
                 self._begin_closing(connection)
@@ -1278,18 +1277,19 @@ class Reactor:
             if log.end > log.offered:
                 self._send_news(log)
         # Those with a backlog wait until they are writable.
-        for connection in (told - self.backlogged.keys()).union(writable):
+        due = [each for each in told if each not in self.backlogged]
+        for connection in dict.fromkeys(due + writable):
             if connection.state is not State.GONE:
                 self._guard(self._flush, connection)
 
     def _send_news(self, log: Log) -> None:
         """Send those who follow a log what it got since the last turn."""
-        start, end = log.offered, log.end
-        size = end - start
-        with memoryview(log.data)[start - log.start :] as news:
+        offered, end = log.offered, log.end
+        size = end - offered
+        with memoryview(log.data)[offered - log.start :] as news:
             for connection in tuple(self.connections):
                 outbox = connection.outbox
-                if outbox.cursor == start and not outbox.splices and outbox.log is log:
+                if outbox.cursor == offered and not outbox.splices and outbox.log is log:
                     # Nearly everyone, nearly always; so it has no function of its own.
                     try:
                         sent = connection.sock.send(news)
@@ -1332,7 +1332,9 @@ class Reactor:
             if outbox.behind <= HOLD_ABOVE:
                 self.stalled.stop(connection)
             elif self.now - self.backlogged[connection] >= STALL_SECONDS:
-                self._drop(connection, "takes nothing")
+                self._drop(
+                    connection, "takes nothing"
+                )  # and had the time to, before the rest waited
             else:
                 self.stalled.start(connection, self.now)
         for connection in self.stalled.expired(self.now):
@@ -1482,11 +1484,11 @@ class Reactor:
     def _unsent(self, connection: Connection, error: OSError) -> int:
         """See to a send that failed; returns the bytes that it sent, none."""
         if not isinstance(error, BlockingIOError):
-            # Nobody is there any more.  But what they said before they went may
-            # still wait to be read; reading goes on until it finds the end.
+            # Nobody is there any more, and if somebody were, nothing may follow the gap.
+            # But what they said before may still wait to be read, up to the end.
             connection.outbox.deafen()
             with contextlib.suppress(OSError):  # it has ended already
-                connection.sock.shutdown(socket.SHUT_RD)
+                connection.sock.shutdown(socket.SHUT_RDWR)
         return 0
 
     def _after_send(self, connection: Connection, sent: int) -> None:
@@ -1519,7 +1521,8 @@ class Reactor:
         A close before that, with input unread, would be a reset, and the peer
         would lose the last lines (RFC 1122, section 4.2.2.13).
         """
-        if connection.state is State.CLOSING and not connection.outbox.owes:
+        begun = connection in self.closing  # until then, a farewell may be due
+        if connection.state is State.CLOSING and begun and not connection.outbox.owes:
             connection.state = State.LINGERING
             with contextlib.suppress(OSError):  # the peer is gone already
                 connection.sock.shutdown(socket.SHUT_WR)
@@ -1542,7 +1545,7 @@ class Reactor:
         del self.connections[connection]
         self.talkers.pop(connection, None)
         self.backlogged.pop(connection, None)
-        self.chat.told.discard(connection)
+        self.chat.told.pop(connection, None)
         for timer in self.countdowns:
             timer.stop(connection)
         self._release_address(connection)
@@ -1767,6 +1770,7 @@ input:focus-visible, button:focus-visible { outline: 3px solid var(--own); outli
 SCRIPT = r"""
 "use strict";
 const LINES_KEPT = 5000;
+const NAME_KEPT = 150;  // seconds for which our old line, if nobody saw it end, may have our name
 const log = document.querySelector("main"), form = document.querySelector("form");
 const input = document.querySelector("input"), more = document.querySelector("#more");
 const status = document.querySelector("#status");
@@ -1775,6 +1779,7 @@ const prompt = log.dataset.prompt, lineLimit = Number(log.dataset.lineLimit);
 let socket;        // the WebSocket of now
 let name = "";     // ours, once we have one; we ask for it again when we come back
 let resuming;      // we are coming back: the banner is no news
+let lostAt;        // when the line was lost, in milliseconds
 let banner;        // the lines that come are the banner's, until the first empty one
 let left = false;  // we have gone for good: Enter joins again
 let pause = 1;     // seconds until the next try to come back
@@ -1794,6 +1799,7 @@ function connect() {
       name = "";
       status.textContent = "You have left. Press Enter to join again.";
     } else {
+      if (!resuming) lostAt = Date.now();
       status.textContent = `The line is lost. Trying again in ${pause} s.`;
       setTimeout(connect, pause * 1000);
       pause = Math.min(pause * 2, 30);
@@ -1803,10 +1809,11 @@ function connect() {
 
 function receive(text) {
   if (resuming) {
-    if (text !== prompt) return;
+    if (text === prompt) { socket.send(name); return; }
+    if (!/^(Hey,|\*) /.test(text)) return;  // the banner
+    const taken = text === `* The name ${name} is taken.`;
+    if (taken && Date.now() < lostAt + NAME_KEPT * 1000) { socket.close(); return; }
     resuming = false;
-    socket.send(name);
-    return;
   }
   const welcome = /^Hey, (\S+)! Hope/.exec(text), renamed = /^\* (\S+) is now known as (\S+)$/.exec(text);
   if (welcome) { name = welcome[1]; pause = 1; }
