@@ -1332,9 +1332,7 @@ class Reactor:
             if outbox.behind <= HOLD_ABOVE:
                 self.stalled.stop(connection)
             elif self.now - self.backlogged[connection] >= STALL_SECONDS:
-                self._drop(
-                    connection, "takes nothing"
-                )  # and had the time to, before the rest waited
+                self._drop(connection, "takes nothing")  # their time is over already
             else:
                 self.stalled.start(connection, self.now)
         for connection in self.stalled.expired(self.now):

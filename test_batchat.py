@@ -2396,7 +2396,9 @@ class World:
         """From now on, they read so many bytes, and then so many a second."""
         peer = self.somebody(number)
         if peer:
-            peer.room, peer.speed = room, speed
+            # Room that there is can't be taken back, but for the boundless.
+            peer.room = room if peer.room > BOUNDLESS // 2 else max(room, peer.room)
+            peer.speed = speed
             self.faults += room < BOUNDLESS
 
     def step_floods(self, number: int, line: str, other: int, room: int, speed: int) -> None:
