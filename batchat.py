@@ -118,6 +118,7 @@ HELLO = "Hello, World!"
 
 LINE_LIMIT = 4096  # bytes in a line, its end not counted
 NAME_LIMIT = 24  # characters in a name
+SPELLING_LIMIT = 4 * NAME_LIMIT  # the same as it is typed: NFC makes it a quarter at most
 NAME_TRIES = 5
 NAME_SECONDS = 120.0  # until a caller must have given a name
 
@@ -821,11 +822,13 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
-RESERVED_NAMES = {"you"}  # private lines call their reader so
+RESERVED_NAMES = {"you", "batchat"}  # private lines call their reader so, and notices this room
 
 
 def name_key(name: str) -> str:
     """The same for every spelling of a name: BOB, \uff42\uff4f\uff42 and bob are one (Unicode, D146)."""
+    if len(name) > SPELLING_LIMIT:
+        return name  # nobody is called so, and to normalize it takes time by the square
     key = unicodedata.normalize("NFD", name)
     for _ in range(2):
         key = unicodedata.normalize("NFKD", key.casefold())
@@ -834,7 +837,9 @@ def name_key(name: str) -> str:
 
 def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises Refusal where it is none."""
-    name = unicodedata.normalize("NFC", text.strip())
+    name = text.strip()
+    if len(name) <= SPELLING_LIMIT:
+        name = unicodedata.normalize("NFC", name)
     if not name:
         raise Refusal("A name has at least one character.")
     if len(name) > NAME_LIMIT:
@@ -1437,10 +1442,12 @@ class Reactor:
     def _handle_lines(self, connection: Connection) -> bool:
         """Handle the lines that we hold of somebody; False where they must wait with the rest."""
         wire, outbox = connection.wire, connection.outbox
+        most = HOLD_ABOVE
         while connection.state in LISTENED_TO:
             # Our own log stands for all: none was too long when we began, and a line adds
             # about the same to each.
-            room_is_full = len(outbox.log.data) > HOLD_ABOVE
+            room_is_full = len(outbox.log.data) > most
+            most = HOLD_BELOW  # one line a turn, where the room gets full
             no_token = connection.full_at - self.now >= BURST_SECONDS
             if room_is_full or no_token or outbox.private_bytes > PRIVATE_LIMIT:
                 connection.paused = True
@@ -1707,7 +1714,10 @@ def main(arguments: list[str] | None = None) -> int:
         format="%(asctime)s %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
-    most = max(1, raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY)
+    most = raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY
+    if most < 1:
+        print("batchat: too few descriptors are allowed; see ulimit -n", file=sys.stderr)
+        return 1
     people = min(most, options.max_people or most)
     limits = Limits(options.rate, people, options.max_per_address)
     host, port = options.host, options.port

@@ -797,6 +797,20 @@ def test_a_new_name_is_announced_to_all_and_frees_the_old_one(room):
     assert mike.reads() == ""
 
 
+def test_a_text_longer_than_any_spelling_of_a_name_is_not_even_normalized(room):
+    marks = "a" + "\u0344\u0316" * 1000  # their order takes time by the square of their number
+    assert batchat.name_key(marks) is marks
+    mike = room.join("mike")
+    mike.types("/nick " + marks, "/ignore " + marks)
+    assert mike.reads() == (
+        f"* A name has at most 24 characters.\n* Nobody here is called {marks}.\n"
+    )
+    longest = unicodedata.normalize("NFD", "\u1f82" * batchat.NAME_LIMIT)
+    assert len(longest) == batchat.SPELLING_LIMIT
+    mike.types("/nick " + longest)
+    assert mike.reads().startswith("* mike is now known as \u1f82")
+
+
 def test_who_is_ignored_is_not_heard_and_not_told_and_stays_so_through_a_new_name(room):
     mike, troll, ann = map(room.join, ["mike", "troll", "ann"])
     mike.types("/ignore troll")
@@ -839,6 +853,7 @@ def test_ignoring_ends_when_either_leaves(room):
         ("/ignore mike", "You can't ignore yourself."),
         ("/nick mike", "You are mike already."),
         ("/nick you", "The name you is taken."),
+        ("/nick BatChat", "The name BatChat is taken."),
         ("/nick two words", "A name is made of letters, digits, '_', '-' and '.' alone."),
         (WireEvent.TOO_LONG, "A line has at most 4096 bytes; yours was not sent."),
     ],
@@ -1301,6 +1316,24 @@ def test_who_does_not_hang_up_is_cut_off_after_five_seconds(house):
     assert len(house.reactor.connections) == 1
     house.wait(5)
     assert_nothing_is_left(house)
+
+
+def test_people_take_turns_line_by_line_where_somebody_listens_slowly(houses):
+    house = houses(rate=0)
+    slow, ann, mike, jonny = house.join("slow", 4096), *map(house.join, ["ann", "mike", "jonny"])
+    slow.reading = False
+    while len(house.chat.logs[TelnetWire].data) <= batchat.HOLD_BELOW:
+        ann.types("x" * 4000)
+        house.settle()
+    jonny.unread.clear()
+    for each in (ann, mike):
+        each.types(*["y" * 4000] * 4)
+    their_sockets = [house.connection(name).sock for name in ("ann", "mike")]
+    wait_until(lambda: all(len(s.recv(20000, socket.MSG_PEEK)) > 16000 for s in their_sockets))
+    house.settle()
+    speakers = [line.split()[0] for line in jonny.unread.decode().splitlines()]
+    assert len(speakers) == 8
+    assert max(len([*turn]) for _, turn in itertools.groupby(speakers)) <= 2
 
 
 def test_who_goes_on_sending_after_quit_is_cut_off_after_five_seconds(houses):
@@ -3556,6 +3589,13 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=PATIENCE,
     )
+
+
+def test_too_few_descriptors_is_one_clear_line_and_status_1():
+    program = ["sh", "-c", 'ulimit -n 30; exec "$@"', "sh", sys.executable, str(BATCHAT)]
+    done = subprocess.run(program, capture_output=True, check=False, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert done.stderr == "batchat: too few descriptors are allowed; see ulimit -n\n"
 
 
 def test_a_port_that_is_taken_is_one_clear_line_and_status_1():
