@@ -118,7 +118,7 @@ HELLO = "Hello, World!"
 
 LINE_LIMIT = 4096  # bytes in a line, its end not counted
 NAME_LIMIT = 24  # characters in a name
-SPELLING_LIMIT = 4 * NAME_LIMIT  # the same as it is typed: NFC makes it a quarter at most
+SPELLING_LIMIT = 4 * NAME_LIMIT  # the same as typed: NFC makes it four times shorter at most
 NAME_TRIES = 5
 NAME_SECONDS = 120.0  # until a caller must have given a name
 

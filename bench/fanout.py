@@ -9,14 +9,19 @@ Each server gets the same three loads, in turn, on a process of its own:
     one at a time   one line, and the next when everyone has it
     flat out        the talkers say as much as they can, with 1,000 lines in flight
     one stalls      ten people, of whom one talks flat out and one reads nothing
+    growth          one at a time, for BATCHAT alone, among more and more people
 
 It prints one table of medians as Markdown, and draws it as `fanout.svg` beside
 this file.  It talks to loopback addresses alone, and ends every process that it
 started.
 
-Deliveries are counted in bytes, where all lines of a server are equally long on
-the wire, which a first line tells.  One listener keeps what it reads, and in the
-end every line must be there.
+A line is delivered when the slowest of those who only listen has it; the first
+line that they get counts as the first that was said, and so on.  Listeners count
+bytes, not lines, for that costs them least: a server sends all lines equally
+long (but for ncat), and a line said before the load tells how long.  One listener
+keeps what it reads, and in the end looks for every line.
+
+A server that loses lines is waited for in vain, which counts as time, too.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import math
 import os
 import platform
 import re
+import resource
 import selectors
 import shutil
 import signal
@@ -39,24 +45,19 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Tuple
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from typing import Callable, Iterator, List, NamedTuple, Tuple
 
 BENCH = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 TEXT_SIZE = 32  # bytes of text in a line, its number included
 IN_FLIGHT = 1000  # lines that are said and not yet delivered, when people talk flat out
 BURST = 256  # lines that are said, before what was delivered is read
-SINGLE_LINES = 200  # lines in the load of one at a time, if time allows
 MARK = b"^"  # ends every text, and is nowhere else
-JOIN_SECONDS = 60.0  # for everyone to come in
+JOIN_SECONDS = 60.0  # for everyone to come in, or for all that is owed to come
 PATIENCE = 8.0  # seconds without a delivery, until the rest counts as lost
 STALLED_BUFFER = 4096  # bytes that the system may keep for a listener who reads nothing
 GROWTH = (10, 100, 1000, 5000)  # people, for how BATCHAT grows
+SATURATED = 0.95  # of the time busy: a client that could not have done more
 
 
 # --------------------------------------------------------------------------
@@ -64,6 +65,7 @@ GROWTH = (10, 100, 1000, 5000)  # people, for how BATCHAT grows
 # --------------------------------------------------------------------------
 
 
+Take = Callable[[memoryview], int]
 Dialogue = List[Tuple[bytes, bytes]]  # what to say, and what to read before going on
 
 
@@ -72,7 +74,7 @@ class Server:
 
     name = program = ""
     bus = False  # those who talk do not listen
-    even = True  # all lines are equally long
+    equal_lines = True  # on the wire, all are equally long
     join_batch = 100  # people who come in side by side
     settle_seconds = 0.3  # of silence, after all have joined
     configuration = ""
@@ -118,7 +120,7 @@ class Batchat(Server):
 
 class Ncat(Server):
     name = program = "ncat"
-    even = False  # it says who speaks once for all that it reads at once
+    equal_lines = False  # it says who speaks once for all that it reads at once
     join_batch = 10  # it has no more callers wait
 
     def command(self, folder: Path, port: int) -> list[str]:
@@ -233,8 +235,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-# The shell ends the server when its own input ends: that is, when we do, however we do.
-WATCHED = '"$@" </dev/null >log 2>&1 & echo $!; read line; kill -9 $! 2>/dev/null'
+# When its input ends, that is, when we do, the shell ends itself and all that it started.
+WATCHED = '"$@" </dev/null >log 2>&1 & echo $!; read line; kill -9 0'
 
 
 @contextlib.contextmanager
@@ -250,7 +252,7 @@ def started(server: Server) -> Iterator[tuple[int, int]]:
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # so that Ctrl-C reaches us alone
+            start_new_session=True,  # Ctrl-C reaches us alone, and that kill only them
         )
         assert watch.stdin
         assert watch.stdout
@@ -304,14 +306,13 @@ class Load(NamedTuple):
     name: str
     people: int
     talkers: int
-    in_flight: int  # lines
-    most: int  # lines
-    seconds: float  # that they talk at most
+    in_flight: int  # lines that are said and not yet delivered, at most
+    seconds: float  # that they talk
     stalled: bool = False  # one of them reads nothing
 
 
 class Result(NamedTuple):
-    """What came of it; of several, the medians, but for `lost` and `remark`."""
+    """What came of it; of several, the medians, but for `lost`."""
 
     deliveries: float  # a second
     cpu: float  # microseconds of the server for a delivery
@@ -320,8 +321,7 @@ class Result(NamedTuple):
     p99: float
     longest: float
     lost: int  # lines, over all listeners
-    busy: float  # the part of the time that this side was busy
-    remark: str = ""
+    client_busy: float  # the part of the time that this side had something to do
 
 
 def marks(read: memoryview) -> int:
@@ -332,20 +332,22 @@ def marks(read: memoryview) -> int:
 class Crowd:
     """Everyone who is connected to one server."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, people: int) -> None:
         self.server = server
         self.selector = selectors.DefaultSelector()
         self.buffer = memoryview(bytearray(1 << 18))
-        self.received = 0  # bytes, by all who listen
-        self.witnessed = bytearray()  # what one of them read
-        self.dropped = 0
-        self.talkers: list[socket.socket] = []
         self.everyone: list[socket.socket] = []
-        self.listeners = 0
+        self.talkers: list[socket.socket] = []
         self.stalled: socket.socket | None = None
+        self.hearers = 0  # those who get a line: nobody hears themselves, nor talkers on a bus
+        self.line_size = 0  # bytes of a line, as they get it
+        self.received = 0  # bytes, by all
+        # Bytes, by each of those who only listen; nobody waits for the others.
+        self.heard = [math.inf] * people
+        self.witnessed = bytearray()  # what the first of them read
+        self.dropped = 0  # people
         self.said = 0  # lines
-        self.rests: dict[int, bytes] = {}  # what talkers could not send yet
-        self.line_size = 0  # bytes of a line, as a listener gets it
+        self.unsent: dict[int, bytes] = {}  # what talkers have said and could not send yet
 
     def join(self, port: int, load: Load) -> None:
         """Connect everyone, and say a first line; raises OSError where that does not work."""
@@ -354,33 +356,34 @@ class Crowd:
         for first in range(0, load.people, size):
             if time.monotonic() > give_up:
                 raise OSError(f"lets in {first} people in {JOIN_SECONDS:.0f} s")
-            numbers = range(first, min(first + size, load.people))
             try:
-                batch = [self._call(port, number, load) for number in numbers]
+                self._join_together(port, range(first, min(first + size, load.people)), load)
             except OSError as error:
                 raise OSError(f"lets in about {first} people: {error}") from None
-            for steps in itertools.zip_longest(*(d for _, d in batch), fillvalue=(b"", b"")):
-                for (person, _), (say, _) in zip(batch, steps):
-                    person.sendall(say)
-                for (person, _), (_, marker) in zip(batch, steps):
-                    expect(person, marker)
-            for person, _ in batch:
-                person.setblocking(False)
-            self.read(0)
+        if not self.server.bus:
+            self.hearers -= 1
         self.settle()
-        before = self.received
+        self.start_counting()
         self.say(0)
         self.settle()
-        self.line_size, rest = divmod(self.received - before, max(self.hearers, 1))
+        self.line_size, rest = divmod(self.received, max(self.hearers, 1))
         if rest or not self.line_size:
             raise OSError("not everyone heard the first line alike")
 
-    @property
-    def hearers(self) -> int:
-        """Those who get a line: in a chat nobody hears themselves, on a bus no talker listens."""
-        return self.listeners if self.server.bus else self.listeners - 1
+    def _join_together(self, port: int, numbers: range, load: Load) -> None:
+        """Take some people through the server's dialogue, side by side."""
+        batch = [self._connect(port, number, load) for number in numbers]
+        dialogues = [dialogue for _, dialogue in batch]
+        for steps in itertools.zip_longest(*dialogues, fillvalue=(b"", b"")):
+            for (person, _), (say, _) in zip(batch, steps):
+                person.sendall(say)
+            for (person, _), (_, marker) in zip(batch, steps):
+                expect(person, marker)
+        for person, _ in batch:
+            person.setblocking(False)
+        self.read(0)
 
-    def _call(self, port: int, number: int, load: Load) -> tuple[socket.socket, Dialogue]:
+    def _connect(self, port: int, number: int, load: Load) -> tuple[socket.socket, Dialogue]:
         """Connect somebody; returns how they come in."""
         half = load.people // 2  # ncat names people by number, and the talkers' are of one length
         talks = half <= number < half + load.talkers
@@ -393,53 +396,56 @@ class Crowd:
         person.settimeout(PATIENCE)
         person.connect((HOST, port))
         person.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if talks:
-            self.talkers.append(person)
         if stalls:
             self.stalled = person
         else:
-            self.listeners += listens
-            if not listens:
-                take = self._ignore(person)
-            elif not number:
-                take = self._witness(person)
-            elif not self.server.even:
-                take = self._count(person)
+            self.hearers += listens
+            if talks:
+                self.talkers.append(person)
             else:
-                take = person.recv_into
-            self.selector.register(person, selectors.EVENT_READ, take)
+                self.heard[number] = 0
+            take = self._how_to_take(person, listens, witness=not number)
+            self.selector.register(person, selectors.EVENT_READ, (take, number))
         return person, self.server.dialogue(f"p{number:05}", listens)
 
-    def _ignore(self, person: socket.socket):
-        """What a bus answers to those who talk."""
+    def _how_to_take(self, person: socket.socket, listens: bool, witness: bool) -> Take:
+        """What reads from a socket; it returns what that counts, and 0 at the end alone."""
 
-        def take(buffer: memoryview) -> int:
+        def ignore(buffer: memoryview) -> int:  # what a bus answers to those who talk
             return -1 if person.recv_into(buffer) else 0
 
-        return take
-
-    def _witness(self, person: socket.socket):
-        def take(buffer: memoryview) -> int:
+        def keep(buffer: memoryview) -> int:
             size = person.recv_into(buffer)
             self.witnessed += buffer[:size]
-            return size if self.server.even else marks(buffer[:size])
+            return size if self.server.equal_lines else marks(buffer[:size])
 
-        return take
+        def count_marks(buffer: memoryview) -> int:
+            return marks(buffer[: person.recv_into(buffer)])
 
-    def _count(self, person: socket.socket):
-        return lambda buffer: marks(buffer[: person.recv_into(buffer)])
+        if not listens:
+            return ignore
+        if witness:
+            return keep
+        return person.recv_into if self.server.equal_lines else count_marks
+
+    def start_counting(self) -> None:
+        """Forget what was received so far."""
+        self.received = 0
+        self.heard = [0 if size < math.inf else size for size in self.heard]
 
     def read(self, timeout: float) -> bool:
         """Take all that is there; whether there was anything."""
-        received, buffer = 0, self.buffer
+        received, buffer, heard = 0, self.buffer, self.heard
         ready = self.selector.select(timeout)
         for key, _ in ready:
+            take, number = key.data
             try:
-                size = key.data(buffer)
+                size = take(buffer)
             except OSError:
                 size = 0
             if size > 0:
                 received += size
+                heard[number] += size
             elif not size:
                 self.dropped += 1
                 self.selector.unregister(key.fileobj)
@@ -447,23 +453,38 @@ class Crowd:
         return bool(ready)
 
     def settle(self) -> None:
+        """Read until nothing comes any more; raises OSError where that does not end."""
+        give_up = time.monotonic() + JOIN_SECONDS
         while self.read(self.server.settle_seconds):
-            pass
+            if time.monotonic() > give_up:
+                raise OSError("never falls silent")
+
+    @property
+    def delivered(self) -> int:
+        """Lines that all who only listen have."""
+        return int(min(self.heard)) // self.line_size
 
     def say(self, talker: int) -> bool:
-        """Say the next line, or the rest of the last one; False where the talker has to wait."""
-        rest = self.rests.pop(talker, b"")
-        if not rest:
-            text = b"%08d" % self.said + b"x" * (TEXT_SIZE - 9) + MARK
-            rest = self.server.line(text)
-            self.said += 1
-        try:
-            rest = rest[self.talkers[talker].send(rest) :]
-        except OSError:  # their buffer is full, or the server has hung up
-            pass
-        if rest:
-            self.rests[talker] = rest
-        return not rest
+        """Say the next line; False where the talker's last one must go out first."""
+        if not self.send(talker):
+            return False
+        text = b"%08d" % self.said + b"x" * (TEXT_SIZE - 9) + MARK
+        self.unsent[talker] = self.server.line(text)
+        self.said += 1
+        self.send(talker)
+        return True
+
+    def send(self, talker: int) -> bool:
+        """Send what a talker has said; whether all of it went out."""
+        data = self.unsent.pop(talker, b"")
+        if data:
+            try:
+                data = data[self.talkers[talker].send(data) :]
+            except OSError:  # their buffer is full, or the server has hung up
+                pass
+        if data:
+            self.unsent[talker] = data
+        return not data
 
     def lost(self) -> int:
         """Lines that the witness should have read, and did not."""
@@ -477,14 +498,15 @@ class Crowd:
 
 
 def talk(crowd: Crowd, load: Load) -> tuple[list[float], float]:
-    """Do what the load says; returns for each line the seconds until all had it, and those in all."""
-    first, before, per_line = crowd.said, crowd.received, crowd.line_size * crowd.hearers
+    """Do what the load says; returns the seconds that each line took, and those in all."""
     latencies: list[float] = []
     waiting: deque[float] = deque()  # when the lines in flight were said
     talkers = itertools.cycle(range(load.talkers))
+    crowd.start_counting()
     start = last_progress = now = time.perf_counter()
-    while now - last_progress < PATIENCE:
-        talking = now < start + load.seconds and crowd.said - first < load.most
+    give_up = start + load.seconds + JOIN_SECONDS
+    while now < min(last_progress + PATIENCE, give_up):
+        talking = now < start + load.seconds
         if not talking and not waiting:
             break
         burst = min(BURST, load.in_flight - len(waiting)) if talking else 0
@@ -493,38 +515,42 @@ def talk(crowd: Crowd, load: Load) -> tuple[list[float], float]:
             if not crowd.say(talker):
                 break
             waiting.append(said_at)
+        if not talking:
+            for talker in list(crowd.unsent):
+                crowd.send(talker)
         received = crowd.received
         crowd.read(0 if burst == BURST else 0.05)
         now = time.perf_counter()
-        delivered = (crowd.received - before) // per_line
+        delivered = crowd.delivered
         while waiting and len(latencies) < delivered:
             latencies.append(now - waiting.popleft())
         if crowd.received > received:
             last_progress = now
-    return latencies + [math.inf] * len(waiting), last_progress - start
+    return latencies + [math.inf] * len(waiting), now - start
 
 
-def put(server: Server, load: Load) -> Result:
-    """Start a server and put a load on it; raises OSError where it does not take it."""
+def put(server: Server, load: Load) -> tuple[Result, list[str]]:
+    """Put a load on a server; returns the figures and remarks; raises OSError where it fails."""
     with contextlib.ExitStack() as stack:
         port, pid = stack.enter_context(started(server))
-        crowd = Crowd(server)
+        crowd = Crowd(server, load.people)
         stack.callback(crowd.close)
         crowd.join(port, load)
-        first, received = crowd.said, crowd.received
+        first = crowd.said
         cpu, own_cpu = cpu_seconds(pid), time.process_time()
         latencies, wall = talk(crowd, load)
         own_cpu = time.process_time() - own_cpu
+        crowd.settle()  # the talkers may still have to read what the others have
         cpu = cpu_seconds(pid) - cpu
-        if crowd.received == received:
+        if not crowd.received:
             raise OSError("delivers nothing")
-        deliveries = (crowd.received - received) / crowd.line_size
+        deliveries = crowd.received / crowd.line_size
         expected = (crowd.said - first) * crowd.hearers
-        remarks = [f"dropped {crowd.dropped} people"] if crowd.dropped else []
+        remarks = [f"drops {crowd.dropped} people"] if crowd.dropped else []
         if crowd.stalled:
             remarks.append(what_became_of(crowd.stalled))
         latencies.sort()
-        return Result(
+        result = Result(
             deliveries / wall,
             cpu * 1e6 / deliveries,
             peak_megabytes(pid),
@@ -533,8 +559,8 @@ def put(server: Server, load: Load) -> Result:
             latencies[-1] * 1e3,
             max(round(expected - deliveries), crowd.lost()),
             own_cpu / wall,
-            ", ".join(remarks),
         )
+        return result, remarks
 
 
 def what_became_of(stalled: socket.socket) -> str:
@@ -563,15 +589,12 @@ class Row(NamedTuple):
     load: Load
     server: str
     result: Result | None  # None where there is nothing to show but the remark
-    remark: str = ""
+    remark: str
 
 
 def median(results: list[Result]) -> Result:
-    columns = list(zip(*results))
-    middle = [statistics.median(column) for column in columns[:-1]]
-    lost = max(columns[Result._fields.index("lost")])
-    remark = max(columns[-1], key=columns[-1].count)
-    return Result(*middle, remark)._replace(lost=lost)
+    middle = Result(*map(statistics.median, zip(*results)))
+    return middle._replace(lost=max(result.lost for result in results))
 
 
 def significant(number: float) -> str:
@@ -599,19 +622,14 @@ def table(rows: list[Row]) -> str:
     lines = [HEADINGS, ("---", "---", *["---:"] * 8, "---")]
     for load, server, result, remark in rows:
         people = f"{load.name}, {load.people:,} people"
-        if result is None:
-            lines.append((people, server, *["–"] * 8, remark))
-            continue
-        lines.append(
-            (
-                people,
-                server,
+        figures = ["–"] * 8
+        if result:
+            figures = [
                 *map(significant, result[:6]),
                 f"{result.lost:,}",
-                f"{result.busy:.0%}",
-                result.remark,
-            )
-        )
+                f"{result.client_busy:.0%}",
+            ]
+        lines.append((people, server, *figures, remark))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -629,18 +647,18 @@ rect.ours { fill: #2da44e }
 }"""
 
 
+# What the picture shows: of which load, which field, under what title.
+CHARTS = (
+    ("flat out", "deliveries", "deliveries a second, flat out: more is better"),
+    ("one at a time", "p50", "ms until the last listener has a line: less is better"),
+    ("one stalls", "longest", "ms at most for a line, while one reads nothing: less is better"),
+)
+
+
 def picture(rows: list[Row]) -> str:
-    """The rows as bars, in SVG: what is flat out by deliveries, the others by time."""
+    """The rows as bars, in SVG."""
     parts, y = [], 10
-    for name, title, value in [
-        ("flat out", "deliveries a second, flat out: more is better", lambda r: r.deliveries),
-        ("one at a time", "ms until the last listener has a line: less is better", lambda r: r.p50),
-        (
-            "one stalls",
-            "ms at most for a line, while one reads nothing: less is better",
-            lambda r: r.longest,
-        ),
-    ]:
+    for name, field, title in CHARTS:
         shown = [row for row in rows if row.load.name == name and row.result]
         if not shown:
             continue
@@ -648,7 +666,7 @@ def picture(rows: list[Row]) -> str:
         y += 22
         parts.append(f'<text class="title" x="10" y="{y}">{people}: {title}</text>')
         y += 8
-        numbers = [value(row.result) for row in shown]
+        numbers = [getattr(row.result, field) for row in shown]
         most = max((number for number in numbers if number < math.inf), default=1.0)
         for row, number in zip(shown, numbers):
             width = max(1, 430 * min(number / most, 1))
@@ -671,69 +689,83 @@ def machine() -> str:
 
 
 def progress(text: str) -> None:
-    print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+    start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
+    print(f"{start}{text:<70}", end=end, file=sys.stderr, flush=True)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="How fast BATCHAT fans lines out, beside other servers on this machine."
     )
-    number = {"type": int, "metavar": "N"}
-    parser.add_argument("--people", default=1000, help="listeners (1000)", **number)
-    parser.add_argument("--talkers", default=100, help="of them talk flat out (100)", **number)
-    parser.add_argument("--repeat", default=3, help="times that each is measured (3)", **number)
-    parser.add_argument(
-        "--seconds", default=3.0, type=float, metavar="S", help="for one measurement (3)"
-    )
+    for flag, kind, default, what in [
+        ("--people", int, 1000, "in the room"),
+        ("--talkers", int, 100, "of them, talk flat out"),
+        ("--repeat", int, 3, "times that each is measured"),
+        ("--seconds", float, 3.0, "of talking in a measurement"),
+    ]:
+        text = f"{what} (%(default)s)"
+        parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     parser.add_argument("--peers", nargs="+", choices=SERVERS, default=list(SERVERS))
     options = parser.parse_args()
-    if not 0 < 2 * options.talkers <= options.people or options.repeat < 1:
-        parser.error("at least one talker, as many others, and one repetition")
+    if not 0 < options.talkers <= options.people // 2:
+        parser.error("at least one must talk, and as many only listen")
+    if options.repeat < 1 or not options.seconds > 0:
+        parser.error("nothing can be measured in no time")
     return options
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
     """Put every load on every server, in turn, several times."""
-    people, seconds = options.people, options.seconds
+    seconds = options.seconds
     loads = [
-        Load("flat out", people, options.talkers, IN_FLIGHT, sys.maxsize, seconds),
-        Load("one at a time", people, 1, 1, SINGLE_LINES, seconds),
-        Load("one stalls", 10, 1, IN_FLIGHT, sys.maxsize, 2 * seconds, stalled=True),
+        Load("flat out", options.people, options.talkers, IN_FLIGHT, seconds),
+        Load("one at a time", options.people, 1, 1, seconds),
+        Load("one stalls", 10, 1, IN_FLIGHT, 2 * seconds, stalled=True),
     ]
-    tasks = [(load, SERVERS[name]) for load in loads for name in options.peers]
-    if Batchat.name.lower() in options.peers:
-        for people in GROWTH:
-            if people <= 5 * options.people:
-                load = Load("growth", people, 1, 1, SINGLE_LINES, seconds)
-                tasks.append((load, SERVERS[Batchat.name.lower()]))
-    results: dict[tuple[Load, Server], list[Result]] = {task: [] for task in tasks}
-    failures: dict[tuple[Load, Server], str] = {}
+    tasks = [(load, name) for load in loads for name in options.peers]
+    ours = Batchat.name.lower()
+    if ours in options.peers:
+        most = 5 * options.people  # so that what was asked to be small stays so
+        tasks += [(Load("growth", n, 1, 1, seconds), ours) for n in GROWTH if n <= most]
+    results: dict[tuple[Load, str], list[Result]] = {task: [] for task in tasks}
+    remarks: dict[tuple[Load, str], list[str]] = {task: [] for task in tasks}
+    failed = set()
     for turn in range(options.repeat):
-        for done, (load, server) in enumerate(tasks):
-            progress(
-                f"{turn + 1}/{options.repeat}, {done + 1}/{len(tasks)}: {load.name}, {server.name}"
-            )
-            if (load, server) in failures:
-                continue
-            if not shutil.which(server.program):
-                failures[load, server] = "not on the PATH"
+        for number, (load, name) in enumerate(results):
+            task, server = (load, name), SERVERS[name]
+            done = f"{turn + 1} of {options.repeat} times, {number + 1} of {len(results)}"
+            progress(f"{done}: {load.name}, {load.people:,} people, {server.name}")
+            if task in failed:
                 continue
             try:
-                results[load, server].append(put(server, load))
+                if not shutil.which(server.program):
+                    raise OSError("not on the PATH")
+                result, noticed = put(server, load)
+                results[task].append(result)
+                remarks[task] += noticed
             except OSError as error:
-                failures[load, server] = " ".join(str(error).split())
+                failed.add(task)
+                why = " ".join(str(error).split())
+                remarks[task].append(
+                    f"measured {turn} of {options.repeat} times: {why}" if turn else why
+                )
     progress("")
-    return [
-        Row(load, server.name, median(found) if found else None, failures.get((load, server), ""))
-        for (load, server), found in results.items()
-    ]
+    rows = []
+    for (load, name), found in results.items():
+        middle = median(found) if found else None
+        said = remarks[load, name]
+        if middle and middle.client_busy >= SATURATED:
+            said.append("the client could do no more")
+        rows.append(Row(load, SERVERS[name].name, middle, ", ".join(dict.fromkeys(said))))
+    return rows
 
 
 def main() -> None:
     options = parse_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if resource:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS takes less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     rows = measure(options)
     print(f"\n{machine()}; medians of {options.repeat}\n")
@@ -742,5 +774,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
