@@ -2968,6 +2968,10 @@ SLOW_LISTENERS = [
     ("waits", 11.0),
     ("floods", 1, "x" * 80, 0, 0, 300),
     ("waits", 6.0),
+    ("joins", TelnetWire, "127.0.0.1", 1, "cy"),
+    ("turns", 2, 0, BOUNDLESS),
+    ("floods", 1, "x" * 80, 0, 0, 0),
+    ("waits", 6.0),
 ]
 
 
