@@ -2070,6 +2070,11 @@ class Peer:
             self.broken = error
             self.world.faults += 1
 
+    def reads(self, room: int, speed: int) -> None:
+        # Room that there is can't be taken back, but for the boundless.
+        self.room = room if self.room > BOUNDLESS // 2 else max(room, self.room)
+        self.speed = speed
+
     def enters(self, stage: str) -> None:
         self.stage, self.since, self.since_turn = stage, self.world.now, self.world.turns
 
@@ -2108,15 +2113,13 @@ class Peer:
             raise BrokenPipeError(errno.EPIPE, "nobody is there")
         assert self.owed.startswith(data, len(self.got)), "they got what they must not get"
         took = min(self.room, len(data))
-        if took < len(data):
-            self.short_since = self.world.now if took else min(self.short_since, self.world.now)
-        else:
-            self.short_since = batchat.NEVER
         if not took:
+            self.short_since = min(self.short_since, self.world.now)
             raise BlockingIOError
         self.world.work += 1
         self.room -= took
         self.got += data[:took]
+        self.short_since = self.world.now if self.unsent else batchat.NEVER
         while self.behind and self.behind[0][1] <= len(self.got):
             self.behind.popleft()
         return took
@@ -2429,9 +2432,7 @@ class World:
         """From now on, they read so many bytes, and then so many a second."""
         peer = self.somebody(number)
         if peer:
-            # Room that there is can't be taken back, but for the boundless.
-            peer.room = room if peer.room > BOUNDLESS // 2 else max(room, peer.room)
-            peer.speed = speed
+            peer.reads(room, speed)
             self.faults += room < BOUNDLESS
 
     def step_floods(self, number: int, line: str, other: int, room: int, speed: int) -> None:
@@ -2463,7 +2464,7 @@ class World:
         peer = self.somebody(number)
         if peer and peer.stage != "outside":
             peer.vanished_at = self.now
-            peer.room = peer.speed = 0
+            peer.reads(0, 0)
             self.faults += 1
 
     def step_accept_fails(self, wire, error: int, seconds: float) -> None:
@@ -2854,7 +2855,7 @@ class World:
 
     def the_room_closes(self) -> None:
         self.selector.register(self.signal, selectors.EVENT_READ, self.stop)
-        self.budget, self.polite = batchat.NEVER, True
+        self.budget, self.segment, self.polite = batchat.NEVER, BOUNDLESS, True
         here = [each for each in self.by_arrival if each.is_here]
         open_now = [each for each in self.peers if not each.closed]
         for peer in open_now:
