@@ -95,6 +95,17 @@ STEPS = st.one_of(
 )
 
 
+def test_a_listener_is_behind_by_what_we_keep_for_them_and_a_little_for_every_splice():
+    log = Log(TelnetWire)
+    outbox = Outbox(log)
+    outbox.enter()
+    for data, own in [(b"mine", True), (b"theirs", False), (b"mine again", True)]:
+        log.append(data)
+        if own:
+            outbox.skip_newest()
+    assert outbox.behind == len(b"minetheirsmine again") + 2 * batchat.SPLICE_SIZE
+
+
 @given(st.lists(STEPS, max_size=60))
 def test_every_listener_gets_just_what_a_list_of_their_own_would_hold(steps):
     log = Log(TelnetWire)
