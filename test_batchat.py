@@ -398,6 +398,10 @@ def frames_of(data: bytes) -> list[tuple[int, bytes]]:
     return frames
 
 
+def undated(response: bytes) -> bytes:
+    return re.sub(rb"Date: .*\r\n", b"", response)
+
+
 def web_events_of(*reads: bytes) -> tuple[list, bytes]:
     """As the telnet wire's: the events up to the end, and the answers."""
     wire, events = WebWire(), []
@@ -410,7 +414,7 @@ def web_events_of(*reads: bytes) -> tuple[list, bytes]:
                 break
     while events[-2:] == [WireEvent.LEAVE] * 2:
         events.pop()
-    return events, re.sub(rb"Date: .*\r\n", b"", bytes(wire.replies))
+    return events, undated(bytes(wire.replies))
 
 
 def asked(head: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -2083,7 +2087,7 @@ class Peer:
 
     def reads(self, room: int, speed: int) -> None:
         # Room that there is can't be taken back, but for the boundless.
-        self.room = room if self.room > BOUNDLESS // 2 else max(room, self.room)
+        self.room = room if self.reads_all else max(room, self.room)
         self.speed = speed
 
     def enters(self, stage: str) -> None:
@@ -2119,8 +2123,9 @@ class Peer:
         assert data
         assert not self.closed
         assert self.error_seen or not self.shut
-        if self.broken or self.send_error or self.error_seen:
-            self._complain(self.broken or self.send_error)
+        error = self.broken or self.send_error
+        if error:
+            self._complain(error)
             raise BrokenPipeError(errno.EPIPE, "nobody is there")
         assert self.owed.startswith(data, len(self.got)), "they got what they must not get"
         took = min(self.room, len(data))
@@ -2171,6 +2176,10 @@ class Peer:
         return 0 if self.error_seen else len(self.owed) - len(self.got)
 
     @property
+    def reads_all(self) -> bool:
+        return self.room > BOUNDLESS // 2
+
+    @property
     def is_here(self) -> bool:
         return not self.closed and self.stage in ("calling", "naming", "chatting")
 
@@ -2197,14 +2206,14 @@ class Peer:
             NAMELESS: self.stage == "naming" and world.passed(batchat.NAME_SECONDS, self.since),
             FULL: len(here) > limits.max_people,
             CROWDED: self.group != "" and 0 < limits.max_per_address < len(from_there),
-            SHUTDOWN: world.reactor.ends_at != batchat.NEVER,
+            SHUTDOWN: world.closes,
             "takes nothing": too_far and world.passed(batchat.STALL_SECONDS, self.short_since),
             "too far behind": too_far and world.passed(batchat.STALL_SECONDS, self.late_since),
         }
 
     @property
     def may_be_closed(self) -> bool:
-        world = self.world
+        world, reasons = self.world, self.reasons
         open_now = [each for each in world.by_arrival if not each.closed]
         return (
             self.error_seen
@@ -2216,8 +2225,8 @@ class Peer:
                 and (not self.unsent or all(p.unsent for p in open_now if p.stage == "left"))
             )
             or world.now >= world.reactor.ends_at
-            or self.reasons["takes nothing"]
-            or self.reasons["too far behind"]
+            or reasons["takes nothing"]
+            or reasons["too far behind"]
         )
 
 
@@ -2390,6 +2399,10 @@ class World:
     def is_late(self, seconds: float, since: float) -> bool:
         """Whether what is due after so many seconds is overdue."""
         return self.now - since > seconds + self.lag + 1e-6
+
+    @property
+    def closes(self) -> bool:
+        return self.reactor.ends_at != batchat.NEVER
 
     def reaches(self, what: str) -> None:
         self.reached[what] += 1
@@ -2585,8 +2598,7 @@ class World:
             other.ignored.discard(peer)
         peer.ignored.clear()
         if peer.says_goodbye:
-            closing = self.reactor.ends_at != batchat.NEVER
-            peer.owe(GOING_AWAY if closing else NORMAL, 2 * batchat.SPLICE_SIZE)
+            peer.owe(GOING_AWAY if self.closes else NORMAL, 2 * batchat.SPLICE_SIZE)
         else:
             peer.owe(b"", batchat.SPLICE_SIZE)
 
@@ -2619,9 +2631,8 @@ class World:
         self.work += 1
         self.reaches(why)
         if why in DISMISSALS:
-            status = HTTPStatus.REQUEST_TIMEOUT
-            if why in (FULL, CROWDED, SHUTDOWN):
-                status = HTTPStatus.SERVICE_UNAVAILABLE
+            too_late = why in (NAMELESS, TOO_SLOW)
+            status = HTTPStatus.REQUEST_TIMEOUT if too_late else HTTPStatus.SERVICE_UNAVAILABLE
             must = peer.wire.encode(f"* {why}\n")
             if peer.wire is WebWire and not peer.says_goodbye:
                 must = batchat.respond(status, "plain", f"* {why}\n")
@@ -2751,8 +2762,7 @@ class World:
         assert {key: each.sock for key, each in reactor.chat.people.items()} == {
             batchat.name_key(each.name): each for each in self.inside
         }
-        closes = reactor.ends_at != batchat.NEVER
-        ignorers = {} if closes else reactor.chat._ignorers
+        ignorers = {} if self.closes else reactor.chat._ignorers
         assert {(other.sock, each.sock) for other, by in ignorers.items() for each in by} == {
             (other, each) for each in self.inside for other in each.ignored
         }
@@ -2775,7 +2785,7 @@ class World:
         assert all(each in reactor.backlogged for each in reactor.stalled)
         assert all(each.paused and each not in reactor.talkers for each in reactor.pacing)
         doors = set(self.doors.values())
-        if reactor.retry_at != batchat.NEVER or closes:
+        if reactor.retry_at != batchat.NEVER or self.closes:
             doors = set()
         others = {sock for sock in self.selector.keys if sock not in connections}
         assert others - {self.signal} == doors
@@ -2871,13 +2881,13 @@ class World:
         open_now = [each for each in self.peers if not each.closed]
         for peer in open_now:
             peer.ended |= peer.shut
-        all_read = all(each.room > BOUNDLESS // 2 for each in open_now)
+        all_read = all(each.reads_all for each in open_now)
         self.reactor.run()
         assert not self.is_late(0.1 if all_read else batchat.SHUTDOWN_SECONDS, self.stopped_at)
         assert all(each.closed for each in self.by_arrival)
         assert all(door.closed for door in self.doors.values())
         for peer in here:
-            if peer.room > BOUNDLESS // 2 and not peer.broken and not peer.error_seen:
+            if peer.reads_all and not peer.broken and not peer.error_seen:
                 assert peer.owed == peer.got
 
     def stop(self) -> None:
@@ -2887,10 +2897,6 @@ class World:
         for peer in self.peers:  # those who left in this very turn read the reason of the rest
             if peer.since_turn == self.turns and peer.owed.endswith(NORMAL):
                 peer.owed[-len(NORMAL) :] = GOING_AWAY
-
-
-def undated(response: bytes) -> bytes:
-    return re.sub(rb"Date: .*\r\n", b"", response)
 
 
 def line_on(wire: type[batchat.Wire], line: str) -> bytes:
@@ -2961,11 +2967,11 @@ NETWORK_STEPS = st.one_of(
 LIMITS = st.sampled_from(
     [Limits(*each) for each in itertools.product([10, 0, 0], [1000, 1000, 3], [0, 0, 2])]
 )
-STEPS = st.sampled_from(range(0, 61, 4)).flatmap(
+EVENTS = st.sampled_from(range(0, 61, 4)).flatmap(
     lambda n: st.lists(NETWORK_STEPS, min_size=n, max_size=n)
 )
 # Often some people are there already, so that there is somebody to talk to.
-HISTORIES = st.tuples(st.lists(JOINS, max_size=4), STEPS).map(
+HISTORIES = st.tuples(st.lists(JOINS, max_size=4), EVENTS).map(
     lambda parts: [*parts[0], ("turns", 2, 0, BOUNDLESS), *parts[1]]
 )
 ENDS = st.sampled_from(["all hang up", "the room closes", "the room closes at once"])
@@ -3139,15 +3145,22 @@ def test_200_people_who_come_and_go_for_a_minute_leave_nothing_behind(houses, mo
 # --------------------------------------------------------------------------
 
 
+def command_line(*options: str, descriptors: str = "") -> list[str]:
+    command = [sys.executable, str(BATCHAT), *options]
+    if descriptors:
+        command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
+    return command
+
+
 class Server(contextlib.AbstractContextManager):
     """`python batchat.py` in a process of its own, on a free port."""
 
     def __init__(self, *options: str, descriptors: str = "") -> None:
-        command = [sys.executable, str(BATCHAT), "--port", "0", *options]
-        if descriptors:
-            command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command_line("--port", "0", *options, descriptors=descriptors),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.opening_line = self.process.stdout.readline()
         self.port = int(re.search(r"port (\d+)", self.opening_line)[1])
@@ -3597,9 +3610,9 @@ def who_is_here(server: Server) -> str:
     return answer.decode().replace("here: ", "\n").replace(", ", "\n").replace("\r", "")
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
+def run(*options: str, descriptors: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BATCHAT), *options],
+        command_line(*options, descriptors=descriptors),
         capture_output=True,
         check=False,
         text=True,
@@ -3608,8 +3621,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_too_few_descriptors_is_one_clear_line_and_status_1():
-    program = ["sh", "-c", 'ulimit -n 30; exec "$@"', "sh", sys.executable, str(BATCHAT)]
-    done = subprocess.run(program, capture_output=True, check=False, text=True, timeout=PATIENCE)
+    done = run(descriptors="30")
     assert done.returncode == 1
     assert done.stderr == "batchat: too few descriptors are allowed; see ulimit -n\n"
 
