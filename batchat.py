@@ -9,20 +9,21 @@ A chat room is a log, and a listener is a place in it.  What is said is
 appended once to the room's log (one for telnet and one for browsers: the same
 words in two formats); each listener is a cursor that follows the log's end, and
 is sent all that is new in one system call.  One thread turns the wheel: select,
-read, write, tidy up.
+listen, send, tidy up.
 
 The parts of this file, in reading order:
 
     1. The words        what people read
     2. The limits       every number, with its unit
     3. Log and Outbox   bytes and offsets
-    4. The wires        bytes to lines: telnet's rules, and the browser's
-    5. Chat             names, commands, who hears what
+    4. Telnet           bytes to lines, and what a wire is
+    5. The chat         states, names, commands, who hears what
     6. The reactor      sockets, the selector and the clock
     7. main             options, signals, the opening line
-    8. The page         what a browser shows
+    8. The browser      HTTP, WebSocket and the page
 
-Nothing before part 6 knows of sockets, nor of the time but for HTTP's Date.
+Only part 6 and 7 know of sockets, and of the time.  Who does not care for
+browsers can stop at 7, and has understood the program.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import errno
 import functools
 import io
 import ipaddress
@@ -44,18 +46,10 @@ import time
 import unicodedata
 import urllib.parse
 from base64 import b64decode, b64encode
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import (
-    TYPE_CHECKING,
-    Callable,
-    Iterator,
-    NamedTuple,
-    Tuple,
-    Union,
-    cast,
-)
+from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Tuple, Union, cast
 
 try:
     import resource
@@ -86,6 +80,14 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 WELCOME = "Welcome to BATCHAT local reviews and chat!"
 PROMPT = "Please enter your name, and press enter: "
 GREETING = f"{BANNER}\n{WELCOME}\n\n{PROMPT}"
+HEY = "Hey, {0}! Hope you enjoy the chat.\n\n"
+
+# What happens in the room, as the others read it: {0} is who, {1} what they said.
+JOINED = "* {0} has joined the chat\n"
+SAID = "<{0}> {1}\n"
+DID = "** {0} {1}\n"
+RENAMED = "* {0} is now known as {1}\n"
+QUIT = "* {0} has quit the chat\n"
 
 # What people may type: the command, what it takes, what it does.
 COMMANDS = {
@@ -102,6 +104,7 @@ HELP = "".join(
     f"* {f'{command} {takes}':<17}{does}\n" for command, (takes, does) in COMMANDS.items()
 )
 
+TAKEN = "The name {0} is taken."
 FULL = "* BATCHAT is full, please try again later.\n"
 CROWDED = "* Too many people are here from your address, please try again later.\n"
 NAMELESS = "* You gave no name in time, goodbye!\n"
@@ -124,13 +127,15 @@ NAME_SECONDS = 120.0  # until a caller must have given a name
 
 WEB_PORT = 1338  # where browsers look for us, if it is free
 HEAD_LIMIT = 8 << 10  # bytes of a request's head
-HEAD_SECONDS = 10.0  # until a browser must have sent it
+HEAD_SECONDS = 10.0  # until a browser must have opened a WebSocket
 PING_SECONDS = 30.0  # between signs of life, so that no proxy hangs up on a browser
 
 WINDOW = 1 << 20  # bytes that neither log grows beyond, however slow somebody is
-HOLD_ABOVE = WINDOW // 2  # bytes behind: talkers wait from here ...
-HOLD_BELOW = WINDOW // 4  # ... until the slowest is back under this
-STALL_SECONDS = 2.0  # that one listener may hold up the room
+TOO_FAR_BEHIND = WINDOW // 2  # bytes: nobody is listened to while any listener is,
+TURN_LIMIT = WINDOW // 2  # nor after so many bytes were said in one turn
+PATIENCE_SECONDS = 2.0  # for which the room waits for those who are too far behind
+RECOVERY = 0.2  # seconds of patience that come back in a second without waiting
+LOOK_SECONDS = 0.05  # between two looks at them, for the selector tells of them late
 SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
 PRIVATE_LIMIT = 64 << 10  # bytes of private lines unsent, before we stop listening
 
@@ -138,13 +143,12 @@ SEND_BUFFER = 2 << 20  # bytes that the system keeps for a listener; Linux doubl
 READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starves the rest
 BACKLOG = 1024  # callers that the system lets wait for us
 ACCEPT_BATCH = 256  # callers let in a turn
-PIECES_LIMIT = 1024  # buffers that one sendmsg takes: IOV_MAX on every system we know
 COMMANDS_A_TOKEN = 64  # commands of telnet or frames of WebSocket that cost as much as a line
 BURST_SECONDS = 5  # of the permitted rate, that may be sent at once
 
+TICK_SECONDS = 1.0  # between two looks at everybody's time, and at what failed
 CLOSING_SECONDS = 5.0  # for a leaver to take what is owed and to hang up
 SHUTDOWN_SECONDS = 2.0  # the same, when the room closes
-RETRY_SECONDS = 1.0  # until we accept again, after the system could not
 
 SPARE_DESCRIPTORS = 16  # kept back for our own use
 LOBBY = 16  # descriptors kept back for telling callers that the house is full
@@ -160,7 +164,6 @@ USER_TIMEOUT = 120_000  # or after so many milliseconds without an ACK of what w
 # --------------------------------------------------------------------------
 
 FOREVER = 1 << 62  # an offset that no log ever reaches
-Buffer = Union[bytes, memoryview]
 Splice = Tuple[int, int, bytes]
 NO_SPLICES: list[Splice] = []  # what nearly everyone has: it stays empty, and in the cache
 
@@ -176,15 +179,20 @@ class Log:
 
     def __init__(self, wire: type[Wire]) -> None:
         self.wire = wire
+        self.listeners: dict[Person, None] = {}  # those in the room, in order of arrival
         self.data = bytearray()
         self.start = 0  # the offset of data[0]
         self.newest = 0  # the offset of what was appended last
         self.offered = 0  # the offset up to which every listener was offered it
-        self.listeners = 0
 
     @property
     def end(self) -> int:
         return self.start + len(self.data)
+
+    @property
+    def news(self) -> int:
+        """Bytes that no listener was offered yet."""
+        return self.start + len(self.data) - self.offered
 
     def append(self, data: bytes) -> None:
         self.newest = self.end
@@ -208,13 +216,14 @@ class Outbox:
     is owed inserts alone.
     """
 
-    __slots__ = ("cursor", "log", "private_bytes", "splices")
+    __slots__ = ("cursor", "deaf", "log", "private_bytes", "splices")
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
         self.splices: list[Splice] = NO_SPLICES
         self.private_bytes = 0  # bytes in the inserts of all splices
+        self.deaf = False  # nobody is there to take anything any more
 
     @property
     def behind(self) -> int:
@@ -227,27 +236,28 @@ class Outbox:
 
     def enter(self) -> None:
         """Follow the log from its end on; inserts that are still owed come first."""
-        self.log.listeners += 1
-        self.cursor = self.log.end
-        self.splices = [(self.cursor, 0, insert) for _, _, insert in self.splices] or NO_SPLICES
+        if not self.deaf:
+            self.cursor = self.log.end
+            self.splices = [(self.cursor, 0, insert) for _, _, insert in self.splices] or NO_SPLICES
 
     def leave(self) -> None:
         """Hear nothing that is said from now on; what is owed stays owed."""
-        self.log.listeners -= 1
         end = self.log.end
-        if self._reach <= end:  # who was deafened stands at FOREVER already
+        if self._reach <= end:  # else they hear nothing anyway
             self._splice(end, FOREVER - end, b"")
 
     def deafen(self) -> None:
-        """Owe nothing any more: nobody is there to take it."""
+        """Owe nothing any more, now and later."""
+        self.deaf = True
         self.cursor = FOREVER
         self.splices = NO_SPLICES
         self.private_bytes = 0
 
     def insert(self, data: bytes) -> None:
         """Owe `data` to this listener alone, after all that was said so far."""
-        self.private_bytes += len(data)
-        self._splice(max(self._reach, self.log.end), 0, data)
+        if data and not self.deaf:
+            self.private_bytes += len(data)
+            self._splice(max(self._reach, self.log.end), 0, data)
 
     def skip_newest(self) -> None:
         """Leave out what the log got last."""
@@ -271,24 +281,21 @@ class Outbox:
             skip, insert = before + skip, earlier + insert
         self.splices.append((at, skip, insert))
 
-    def pieces(self) -> list[Buffer]:
-        """The buffers to send next, as many as sendmsg takes; drop them before the log grows."""
-        view, start, cursor = memoryview(self.log.data), self.log.start, self.cursor
-        pieces: list[Buffer] = []
-        for at, skip, insert in self.splices:
-            if len(pieces) > PIECES_LIMIT - 3:  # two for this splice, and one for the end
-                return pieces
-            if at > cursor:
-                pieces.append(view[cursor - start : at - start])
-            if insert:
-                pieces.append(insert)
-            cursor = at + skip
-        if cursor < self.log.end:
-            pieces.append(view[cursor - start :])
-        return pieces
+    def unsent(self) -> memoryview:
+        """All that is owed, in order; release it before the log grows."""
+        log, cursor = self.log, self.cursor
+        if not self.splices:
+            return memoryview(log.data)[cursor - log.start :]
+        with memoryview(log.data) as view:
+            pieces: list[bytes | memoryview] = []
+            for at, skip, insert in self.splices:
+                pieces += (view[cursor - log.start : at - log.start], insert)
+                cursor = at + skip
+            pieces.append(view[cursor - log.start :])
+            return memoryview(b"".join(pieces))
 
     def advance(self, sent: int) -> None:
-        """Move on by `sent` bytes of `pieces`, and over what is left out there."""
+        """Move on by `sent` bytes of `unsent`, and over what is left out there."""
         done = 0
         for at, skip, insert in self.splices:
             if sent < at - self.cursor:
@@ -309,7 +316,7 @@ class Outbox:
 
 
 # --------------------------------------------------------------------------
-# 4. The wires
+# 4. Telnet
 # --------------------------------------------------------------------------
 
 
@@ -321,6 +328,7 @@ class WireEvent(enum.Enum):
     LEAVE = enum.auto()  # they want to go, or must: Ctrl-C, the end of the stream
 
 
+OPENED, TOO_LONG, LEAVE = WireEvent  # a look-up in the class costs more than all else here
 Event = Union[str, WireEvent]
 
 
@@ -333,13 +341,17 @@ class Wire:
 
     __slots__ = ("commands", "ended", "replies")
 
-    SPEAKS_FIRST = True  # whoever calls is greeted at once
     PING = b""  # a sign of life
 
     def __init__(self) -> None:
         self.ended = False  # the peer will send no more
         self.replies = b""
         self.commands = 0
+
+    @property
+    def opened(self) -> bool:
+        """Whether somebody is there who can read what we say."""
+        return True
 
     @staticmethod
     def encode(text: str) -> bytes:
@@ -354,13 +366,12 @@ class Wire:
         """The next line or event; None where more must be read first."""
         raise NotImplementedError
 
-    def turn_away(self, status: HTTPStatus, text: str) -> bytes:
-        """How to say `text` to a caller who is not let in; HTTP says it with a status."""
-        return self.encode(text)
+    def close(self, words: str, unavailable: bool) -> bytes:
+        """The last bytes: `words`, and a goodbye where the protocol has one.
 
-    def farewell(self, going_away: bool) -> bytes:
-        """The last bytes to somebody who leaves, or whom we leave because we go away."""
-        return b""
+        `unavailable` says that it is us who can't go on, not them.
+        """
+        return self.encode(words)
 
 
 # Controls, line and paragraph separators, and the marks that turn writing
@@ -397,18 +408,17 @@ TELNET_COMMAND = re.compile(
 )
 OPTION_REFUSALS = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL x: DONT x; DO x: WONT x
 ARE_YOU_THERE = b"\xf6"
+CTRL_C, CTRL_D = b"\x03", b"\x04"
 # What the other commands of one byte leave in the text; all that are not here, nothing.
 KEYS = {
-    b"\xec": b"\x04",  # EOF (RFC 1184): Ctrl-D
-    b"\xee": b"\x03",  # ABORT (RFC 1184): Ctrl-C
-    b"\xf3": b"\x03",  # BRK, break
-    b"\xf4": b"\x03",  # IP, interrupt process: what telnet makes of Ctrl-C
+    b"\xec": CTRL_D,  # EOF (RFC 1184)
+    b"\xee": CTRL_C,  # ABORT (RFC 1184)
+    b"\xf3": CTRL_C,  # BRK, break
+    b"\xf4": CTRL_C,  # IP, interrupt process: what telnet makes of Ctrl-C
     b"\xf7": b"\b",  # EC, erase character
     b"\xf8": b"\x15",  # EL, erase line
     b"\xff": b"\xff",  # IAC IAC: the byte itself
 }
-LINE_END = re.compile(rb"\r[\n\0]?")  # CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12)
-LINE = re.compile(rb"([^\n\x03\x04]*)([\n\x03\x04])")
 
 
 class TelnetWire(Wire):
@@ -417,15 +427,16 @@ class TelnetWire(Wire):
     It refuses every option, and keeps at most one read and one unfinished line.
     """
 
-    __slots__ = ("_after_cr", "_at", "_command", "_skipping", "_text")
+    __slots__ = ("_after_cr", "_at", "_command", "_over", "_skipping", "_text")
 
     def __init__(self) -> None:
         super().__init__()
         self._command = b""  # the beginning of a command whose rest is still to come
         self._after_cr = False  # the last byte was a CR: an LF now belongs to it
-        self._text = b""
+        self._text = b""  # with "\n" for every line end
         self._at = 0  # how far `next` has come in `_text`
         self._skipping = False  # the line is too long; its rest is thrown away
+        self._over = False  # nothing is heard after `_text`: they pressed Ctrl-C, or it is the end
 
     @staticmethod
     def encode(text: str) -> bytes:
@@ -433,19 +444,24 @@ class TelnetWire(Wire):
 
     def feed(self, data: bytes) -> None:
         if not data:
-            self.ended = True
+            self.ended = self._over = True
             return
         if self._command or b"\xff" in data:
             data, self._command = self._command + data, b""
             replies = [self.replies]
             data = TELNET_COMMAND.sub(functools.partial(self._obey, replies), data)
             self.replies = b"".join(replies)
-        if data:
-            if self._after_cr and data[:1] in (b"\n", b"\0"):
-                data = data[1:]
-            self._after_cr = data.endswith(b"\r")
-            self._text = self._text[self._at :] + LINE_END.sub(b"\n", data)
-            self._at = 0
+        if not data or self._over:
+            return
+        for key in (CTRL_C, CTRL_D):
+            data, pressed, _ = data.partition(key)
+            self._over = self._over or bool(pressed)
+        if self._after_cr and data[:1] in (b"\n", b"\0"):
+            data = data[1:]
+        self._after_cr = data.endswith(b"\r")
+        # CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12)
+        data = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n").replace(b"\r", b"\n")
+        self._text += data
 
     def _obey(self, replies: list[bytes], command: re.Match[bytes]) -> bytes:
         """Answer a telnet command in `replies`; returns what it leaves in the text."""
@@ -465,22 +481,933 @@ class TelnetWire(Wire):
 
     def next(self) -> Event | None:
         while True:
-            found = LINE.match(self._text, self._at)
-            stop = found.end(1) if found else len(self._text)
-            if not self._skipping and stop - self._at > LINE_LIMIT:
+            start, end = self._at, self._text.find(b"\n", self._at)
+            stop = end if end >= 0 else len(self._text)
+            if stop - start > LINE_LIMIT and not self._skipping:
                 self._at, self._skipping = stop, True
-                return WireEvent.TOO_LONG
-            if not found:
-                if self._skipping:
-                    self._at = stop
-                return WireEvent.LEAVE if self.ended else None
-            self._at = found.end()
-            skipped, self._skipping = self._skipping, False
-            if found[2] != b"\n":
-                return WireEvent.LEAVE
-            if not skipped:
-                return clean(found[1].decode("utf-8", "replace"))
+                return TOO_LONG
+            if end < 0:
+                self._text, self._at = b"" if self._skipping else self._text[start:], 0
+                return LEAVE if self._over else None
+            self._at = end + 1
+            if not self._skipping:
+                return clean(self._text[start:end].decode("utf-8", "replace"))
+            self._skipping = False
 
+
+# --------------------------------------------------------------------------
+# 5. The chat
+# --------------------------------------------------------------------------
+
+
+class State(enum.Enum):
+    """How far a person has come.  Chat alone moves them on; there are no other states.
+
+    AWAITING_NAME   a good name that is free            CHATTING; the others read of it
+                    a bad or a taken one                the reason and the prompt again,
+                                                        and the fifth time CLOSING
+                    /quit, the end of the stream, a     CLOSING
+                    web request, a line that is too
+                    long, no name in time
+    CHATTING        /quit, Ctrl-C, Ctrl-D, the end of   CLOSING; the others read of it
+                    the stream, being dropped
+    CLOSING         all that was owed is sent and the   forgotten
+                    peer has hung up, or time is up
+    """
+
+    AWAITING_NAME = enum.auto()  # hears nothing of what is said
+    CHATTING = enum.auto()
+    CLOSING = enum.auto()  # is heard no more, but may still be owed something
+
+
+AWAITING_NAME, CHATTING, CLOSING = State
+
+
+class Person:
+    """What the chat knows of somebody."""
+
+    __slots__ = ("name", "origin", "outbox", "state", "tries", "wire")
+
+    def __init__(self, origin: str, log: Log) -> None:
+        self.origin = origin  # where they call from, for our own log
+        self.wire = log.wire()
+        self.outbox = Outbox(log)
+        self.state = AWAITING_NAME
+        self.name = ""
+        self.tries = 0  # names that were refused
+
+
+class Refusal(Exception):
+    """Somebody asked for what they can't have; the text tells them why."""
+
+
+# Letters and marks that nobody can see, so that no name hides in another.
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
+RESERVED_NAMES = {"you", "batchat"}  # private lines call their reader so, and notices this room
+
+
+def name_key(name: str) -> str:
+    """The same for every spelling of a name: BOB, \uff42\uff4f\uff42 and bob are one (Unicode, D146)."""
+    if len(name) > SPELLING_LIMIT:
+        return name  # nobody is called so, and to normalize it takes time by the square
+    key = unicodedata.normalize("NFD", name)
+    for _ in range(2):
+        key = unicodedata.normalize("NFKD", key.casefold())
+    return key
+
+
+def check_name(text: str) -> str:
+    """`text` as a name, in NFC; raises Refusal where it is none."""
+    name = text.strip()
+    if len(name) <= SPELLING_LIMIT:
+        name = unicodedata.normalize("NFC", name)
+    if not name:
+        raise Refusal("A name has at least one character.")
+    if len(name) > NAME_LIMIT:
+        raise Refusal(f"A name has at most {NAME_LIMIT} characters.")
+    for at, character in enumerate(name):
+        kind = unicodedata.category(character)
+        good = kind[0] == "L" or kind == "Nd" or character in "_-." or (kind[0] == "M" and at > 0)
+        if not good or INVISIBLE.match(character):
+            raise Refusal("A name is made of letters, digits, '_', '-' and '.' alone.")
+    return name
+
+
+class Chat:
+    """The room: who is in it, what they say, and who hears it."""
+
+    def __init__(self, wires: Iterable[type[Wire]]) -> None:
+        self.logs = {wire: Log(wire) for wire in wires}
+        self.people: dict[str, Person] = {}  # those who are chatting, by name_key
+        # Those who were told something or let go, since somebody last saw to them.
+        self.changed: dict[Person, None] = {}
+        # Those who ignore somebody, by whom they ignore.
+        self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)
+
+    # Who is told what
+
+    def tell(self, person: Person, text: str) -> None:
+        """Show `text` to one person alone."""
+        self.reply(person, person.wire.encode(text))
+
+    def reply(self, person: Person, data: bytes) -> None:
+        """The same, with bytes as they go over the wire."""
+        person.outbox.insert(data)
+        self.changed[person] = None
+
+    def happen(self, words: str, person: Person, text: str = "") -> None:
+        """Show everyone what a person does, but not their own words to them or who ignores them."""
+        line = words.format(person.name, text)
+        for log in self.logs.values():
+            if log.listeners:
+                log.append(log.wire.encode(line))
+        if words in (SAID, DID):
+            for each in (person, *self._ignorers.get(person, ())):
+                each.outbox.skip_newest()
+
+    def ping(self) -> None:
+        """Give everyone in the room a sign of life, where their wire has one."""
+        for log in self.logs.values():
+            if log.listeners:
+                log.append(log.wire.PING)
+
+    # Coming and going
+
+    def greet(self, person: Person) -> None:
+        self.tell(person, GREETING)
+
+    def _enter(self, person: Person, text: str) -> None:
+        try:
+            name = self._free_name(person, text)
+        except Refusal as why:
+            person.tries += 1
+            if person.tries < NAME_TRIES:
+                self.tell(person, f"* {why}\n{PROMPT}")
+            else:
+                self.leave(person, "gave no good name", f"* {why}\n{GOODBYE}")
+            return
+        person.name = name
+        self.happen(JOINED, person)  # before they come in and would read it
+        person.state = CHATTING
+        self.people[name_key(name)] = person
+        person.outbox.log.listeners[person] = None
+        person.outbox.enter()
+        self.tell(person, HEY.format(name))
+        logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
+
+    def leave(
+        self, person: Person, why: str, words: str = "", *, unavailable: bool = False
+    ) -> None:
+        """Let a person go with some last `words`; the others read that they went.
+
+        `why` is for our own log; `unavailable` says that we can't go on, not they.
+        """
+        if person.state is CHATTING:
+            del self.people[name_key(person.name)]
+            self._quit_hearing(person)
+            self._ignorers.pop(person, None)
+            for ignorers in self._ignorers.values():
+                ignorers.discard(person)
+            self.happen(QUIT, person)
+            here = len(self.people)
+            logger.info("%s left: %s (%s, %d here)", person.name, why, person.origin, here)
+        else:
+            logger.debug("%s left before joining: %s", person.origin, why)
+        person.state = CLOSING
+        self.reply(person, person.wire.close(words, unavailable))
+
+    def _quit_hearing(self, person: Person) -> None:
+        person.outbox.log.listeners.pop(person, None)
+        person.outbox.leave()
+
+    def close(self, everyone: Iterable[Person]) -> None:
+        """Let everyone go; nobody reads that the others went."""
+        for person in self.people.values():
+            self._quit_hearing(person)
+        for person in everyone:
+            if person.state is not CLOSING:
+                self.leave(person, "the room closes", SHUTDOWN, unavailable=True)
+
+    # The state machine
+
+    def handle(self, person: Person, event: Event) -> None:
+        """Do what an event means in the state that the person is in; see State."""
+        try:
+            if event is LEAVE:
+                self.leave(person, "ended it")
+            elif person.state is CHATTING:
+                if isinstance(event, WireEvent):
+                    raise Refusal(f"A line has at most {LINE_LIMIT} bytes; yours was not sent.")
+                if not event.startswith("/"):
+                    if event.strip():
+                        self.happen(SAID, person, event)
+                elif event.startswith("//"):
+                    self.happen(SAID, person, event[1:])
+                else:
+                    self._command(person, event)
+            elif person.state is AWAITING_NAME:
+                if event is OPENED:
+                    self.greet(person)
+                elif isinstance(event, WireEvent) or HTTP_REQUEST.match(event):
+                    self.leave(person, "sent no name")  # HTTP, or longer than any name
+                elif event.strip().lower() == "/quit":
+                    self.leave(person, "quit")
+                else:
+                    self._enter(person, event)
+        except Refusal as why:
+            self.tell(person, f"* {why}\n")
+
+    # Names
+
+    def _free_name(self, person: Person, text: str) -> str:
+        """`text` as a name that this person may take, their own included; raises Refusal."""
+        name = check_name(text)
+        key = name_key(name)
+        if key in RESERVED_NAMES or self.people.get(key, person) is not person:
+            raise Refusal(TAKEN.format(name))
+        return name
+
+    def _find(self, name: str) -> Person:
+        """Who is called `name`; raises Refusal."""
+        try:
+            return self.people[name_key(name)]
+        except KeyError:
+            raise Refusal(f"Nobody here is called {name}.") from None
+
+    # The commands
+
+    def _command(self, person: Person, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        command, rest = command.lower(), rest.strip()
+        if command not in COMMANDS:
+            raise Refusal(f"There is no command {command}; /help shows those there are.")
+        takes = COMMANDS[command][0]
+        if len(rest.split(None, 1)) < len(takes.split()):
+            raise Refusal(f"It goes like this: {command} {takes}")
+        getattr(self, "_do_" + command[1:])(person, rest)
+
+    def _do_help(self, person: Person, rest: str) -> None:
+        self.tell(person, HELP)
+
+    def _do_who(self, person: Person, rest: str) -> None:
+        names = [self.people[key].name for key in sorted(self.people)]
+        self.tell(person, f"* {len(names)} here: {', '.join(names)}\n")
+
+    def _do_me(self, person: Person, rest: str) -> None:
+        self.happen(DID, person, rest)
+
+    def _do_msg(self, person: Person, rest: str) -> None:
+        name, text = rest.split(None, 1)
+        listener = self._find(name)
+        if listener not in self._ignorers.get(person, ()):
+            if listener.outbox.private_bytes > PRIVATE_LIMIT:
+                raise Refusal(f"{listener.name} has too much to read; your line was not sent.")
+            self.tell(listener, f"[{person.name} -> you] {text}\n")
+        self.tell(person, f"[you -> {listener.name}] {text}\n")
+
+    def _do_nick(self, person: Person, rest: str) -> None:
+        name = self._free_name(person, rest)
+        if name == person.name:
+            raise Refusal(f"You are {name} already.")
+        del self.people[name_key(person.name)]
+        self.people[name_key(name)] = person
+        self.happen(RENAMED, person, name)
+        logger.info("%s is now %s (%s)", person.name, name, person.origin)
+        person.name = name
+
+    def _do_ignore(self, person: Person, rest: str) -> None:
+        other = self._find(rest)
+        if other is person:
+            raise Refusal("You can't ignore yourself.")
+        self._ignorers[other] ^= {person}
+        if person in self._ignorers[other]:
+            self.tell(person, f"* You no longer hear {other.name}.\n")
+        else:
+            self.tell(person, f"* You hear {other.name} again.\n")
+
+    def _do_quit(self, person: Person, rest: str) -> None:
+        self.leave(person, "quit")
+
+
+# --------------------------------------------------------------------------
+# 6. The reactor
+# --------------------------------------------------------------------------
+
+NEVER = float("inf")
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+SOCKET_OPTIONS = [
+    (level, getattr(socket, name), value)
+    for level, name, value in [
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line leaves at once
+        (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet may send part of Ctrl-C as urgent data
+        # A size of the system's own grows, and it looks as if a stalled listener read on.
+        (socket.SOL_SOCKET, "SO_SNDBUF", SEND_BUFFER),
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", KEEPALIVE_IDLE),  # the same, as macOS calls it
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", KEEPALIVE_COUNT),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", USER_TIMEOUT),
+    ]
+    if hasattr(socket, name)
+]
+
+
+class Connection(Person):
+    """A person, and the socket they are at."""
+
+    __slots__ = ("address_group", "full_at", "since", "sock", "watched")
+
+    def __init__(self, sock: socket.socket, origin: str, log: Log, now: float) -> None:
+        super().__init__(origin, log)
+        self.sock = sock
+        self.address_group = ""  # what their address counts as, if it counts
+        self.since = now  # when they called, or began to leave
+        self.full_at = now  # when their token bucket is full again
+        self.watched = 0  # the events that the selector was asked for
+
+    @property
+    def deadline(self) -> float:
+        """When their time in this state is over."""
+        if self.state is CHATTING:
+            return NEVER
+        if self.state is CLOSING:
+            return self.since + CLOSING_SECONDS
+        return self.since + (NAME_SECONDS if self.wire.opened else HEAD_SECONDS)
+
+
+class Limits(NamedTuple):
+    """What whoever runs the server may set."""
+
+    rate: int  # lines a second from one person; 0 is no limit
+    max_people: int
+    max_per_address: int  # connections; 0 is no limit
+
+
+def address_group(host: str) -> str:
+    """What a caller's address counts as: itself, an IPv6 /64, or "" for this very box."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_loopback:
+        return ""
+    prefix = 32 if address.version == 4 else 64
+    return str(ipaddress.ip_network((address, prefix), strict=False))
+
+
+class Reactor:
+    """The wheel: select, listen, send, tidy up.
+
+    While it listens the logs grow, and while it sends they must not, because
+    views of them are alive.
+
+    Whatever happens to a connection, `_settle` draws the conclusions; whatever
+    fails with one, `_guard` drops that one alone.
+    """
+
+    def __init__(
+        self,
+        doors: dict[socket.socket, type[Wire]],
+        limits: Limits,
+        selector: selectors.BaseSelector | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.doors = doors  # the sockets that listen, and what is spoken there
+        self.limits = limits
+        self.selector = selector or selectors.DefaultSelector()
+        self.clock = clock
+        self.chat = Chat(doors.values())
+        self.callers: Counter[str] = Counter()  # connections by address group
+
+        self.connections: dict[Connection, None] = {}  # all, in order of arrival
+        self.leaving: dict[Connection, None] = {}  # of them, who is CLOSING
+        # Who has said what we have not taken yet, whoever waits longest first.
+        self.in_line: dict[Connection, None] = {}
+        self.slow: dict[Connection, None] = {}  # whose socket did not take all that they are owed
+
+        self.patience = PATIENCE_SECONDS  # seconds for which the room may still be held
+        self.held = False  # nobody is listened to, for somebody is too far behind
+
+        self.now = clock()  # when this turn began
+        self.tick_at = self.now  # the next look at what is not urgent
+        self.ping_at = self.now + PING_SECONDS  # when everyone gets the next sign of life
+        self.ends_at = NEVER  # when the room closes, whoever is still there
+
+        for door in doors:
+            door.setblocking(False)
+        self._open_doors()
+
+    def run(self) -> bool:
+        """Serve until `stop` is called and everyone has gone, or time is up.
+
+        Returns False where it was an error that stopped it.
+        """
+        well = True
+        while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
+            try:
+                self.turn()
+            except Exception:
+                logger.exception("the room closes, for an error that belongs to nobody")
+                if not well:
+                    break
+                well = False
+                self.stop()
+        for connection in list(self.connections):
+            self._forget(connection)
+        return well
+
+    def stop(self) -> None:
+        """Close the room: tell everyone, send what is owed, wait for them to hang up."""
+        if self.ends_at == NEVER:
+            self.ends_at = self.now + SHUTDOWN_SECONDS
+            for door in self.doors:
+                self._close_door(door)
+                door.close()
+            self.chat.close(self.connections)
+
+    # The wheel
+
+    def turn(self) -> None:
+        """One turn of the wheel; waits for something to do."""
+        ready = self.selector.select(self._idle_seconds())
+        self._pass_time()
+        for key, events in ready:
+            if isinstance(key.data, Connection):
+                self._mark(key.data, events)
+            else:
+                key.data()  # a door, or whatever else was registered with what to do
+        self._listen()
+        for log in self.chat.logs.values():
+            self._send_news(log)
+        self._settle_changed()
+        self._mind_the_slow()
+        self._trim()
+        if self.now >= self.tick_at:
+            self._tick()
+
+    def _idle_seconds(self) -> float:
+        """How long the selector may wait."""
+        if self.chat.changed or any(log.news for log in self.chat.logs.values()):
+            return 0
+        until = min([self.tick_at, self.ends_at, *map(self._heard_at, self.in_line)])
+        if self.held:
+            until = min(until, self.now + LOOK_SECONDS)
+        return max(0, until - self.clock())
+
+    def _pass_time(self) -> None:
+        """See what time it is; the room's patience runs down while it is held, else it comes back."""
+        before, self.now = self.now, self.clock()
+        passed = self.now - before
+        if self.held:
+            self.patience = max(0, self.patience - passed)
+        else:
+            self.patience = min(PATIENCE_SECONDS, self.patience + passed * RECOVERY)
+
+    def _mark(self, connection: Connection, events: int) -> None:
+        """Note what the selector says of a connection."""
+        if connection in self.connections:  # not dropped in this very turn
+            if events & READ:
+                self.in_line.setdefault(connection)
+            if events & WRITE:
+                self.slow.pop(connection, None)
+            self.chat.changed[connection] = None
+
+    def _listen(self) -> None:
+        """Listen to those in line who may be heard now; the others keep their place."""
+        for connection in list(self.in_line):
+            if connection in self.in_line and self._heard_at(connection) <= self.now:
+                self._guard(self._listen_to, connection)
+
+    def _send_news(self, log: Log) -> None:
+        """Send those who follow a log what it got since the last turn, each in one system call."""
+        offered, end = log.offered, log.end
+        size = end - offered
+        if not size:
+            return
+        changed = self.chat.changed
+        with memoryview(log.data)[offered - log.start :] as news:
+            for connection in cast("dict[Connection, None]", log.listeners):
+                outbox = connection.outbox
+                # Nearly everyone, nearly always; so it calls nothing of ours.
+                if outbox.cursor == offered and not outbox.splices:
+                    try:
+                        sent = connection.sock.send(news)
+                    except OSError:
+                        sent = 0  # to settle it is to try again, and to learn why
+                    if sent == size:
+                        outbox.cursor = end
+                        continue
+                    outbox.cursor += sent
+                changed[connection] = None
+        log.offered = end
+
+    def _settle_changed(self) -> None:
+        """See to all to whom something happened in this turn."""
+        changed = cast("dict[Connection, None]", self.chat.changed)
+        self.chat.changed = {}
+        for connection in changed:
+            self._guard(self._settle, connection)
+
+    def _mind_the_slow(self) -> None:
+        """Hold the room while somebody is too far behind, or drop them when patience is at its end."""
+        for connection in self._too_far_behind():
+            del self.slow[connection]  # ask: of room the selector tells when there is much of it
+            self._guard(self._settle, connection)
+        late = self._too_far_behind()
+        while late and self.patience < LOOK_SECONDS:
+            for connection in late:
+                self._drop(connection, "too far behind")
+            late = self._too_far_behind()  # that they quit was said to the others
+        self.held = bool(late)
+
+    def _too_far_behind(self) -> list[Connection]:
+        return [each for each in self.slow if each.outbox.behind > TOO_FAR_BEHIND]
+
+    def _trim(self) -> None:
+        """Forget what everyone has who follows a log."""
+        for log in self.chat.logs.values():
+            cursors = [each.outbox.cursor for each in self.slow if each.outbox.log is log]
+            log.trim(min([log.offered, *cursors]))
+
+    def _tick(self) -> None:
+        """Once a second: try again what failed, give signs of life, call up those whose time is up."""
+        self.tick_at = self.now + TICK_SECONDS
+        self._open_doors()
+        pings = self.now >= self.ping_at
+        if pings:
+            self.ping_at = self.now + PING_SECONDS
+            self.chat.ping()
+        for connection in list(self.connections):
+            if pings and connection.state is AWAITING_NAME and connection.wire.opened:
+                self.chat.reply(connection, connection.wire.PING)
+            if self.now >= connection.deadline:
+                self._guard(self._time_is_up, connection)
+
+    def _time_is_up(self, connection: Connection) -> None:
+        if connection.state is CLOSING:
+            self._forget(connection)
+        else:
+            self._dismiss(connection, NAMELESS if connection.wire.opened else TOO_SLOW)
+            self._settle(connection)
+
+    # The doors
+
+    def _open_doors(self) -> None:
+        """Have the selector tell of callers, unless it does already."""
+        if self.ends_at == NEVER:
+            for door in self.doors:
+                if door not in self.selector.get_map():
+                    try:
+                        self.selector.register(door, READ, functools.partial(self._accept, door))
+                    except OSError as error:
+                        logger.warning("can't wait for callers: %s", error.strerror)
+
+    def _close_door(self, door: socket.socket) -> None:
+        with contextlib.suppress(KeyError):  # it is closed already
+            self.selector.unregister(door)
+
+    def _accept(self, door: socket.socket) -> None:
+        """Let in those who are calling."""
+        for _ in range(ACCEPT_BATCH):
+            if self.ends_at != NEVER:
+                return  # the room was closed in this very turn
+            try:
+                sock, address = door.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # out of descriptors or memory; it may get better
+                logger.warning("can't accept: %s", error.strerror)
+                self._close_door(door)
+                return
+            if address:  # macOS gives none for a caller who is gone again
+                host, port = address[:2]
+                host = host[7:] if host.startswith("::ffff:") else host  # IPv4, at a door for both
+                log = self.chat.logs[self.doors[door]]
+                connection = Connection(sock, f"{host} port {port}", log, self.now)
+                self.connections[connection] = None
+                self._guard(self._admit, connection, host)
+
+    def _admit(self, connection: Connection, host: str) -> None:
+        """Greet a caller, or tell them why they can't come in."""
+        connection.sock.setblocking(False)
+        for option in SOCKET_OPTIONS:
+            try:
+                connection.sock.setsockopt(*option)
+            except OSError as error:
+                if error.errno != errno.ENOPROTOOPT:  # a kernel that does not know it does without
+                    raise
+        group, limits = address_group(host), self.limits
+        if group:
+            connection.address_group = group
+            self.callers[group] += 1
+        if len(self.connections) - len(self.leaving) > limits.max_people:
+            self._dismiss(connection, FULL, unavailable=True)
+        elif group and 0 < limits.max_per_address < self.callers[group]:
+            self._dismiss(connection, CROWDED, unavailable=True)
+        elif connection.wire.opened:
+            self.chat.greet(connection)
+        self._settle(connection)
+        if len(self.connections) > limits.max_people + LOBBY:
+            # Somebody who takes leave goes at once: the first to whom nothing is owed.
+            self._forget(min(self.leaving, key=lambda each: each.outbox.owes))
+
+    def _dismiss(self, connection: Connection, words: str, unavailable: bool = False) -> None:
+        """Have somebody leave who has no name yet, and tell them why."""
+        self.chat.leave(connection, words.strip("* \n"), words, unavailable=unavailable)
+
+    # One connection
+
+    def _guard(self, step: Callable[..., None], connection: Connection, *more: object) -> None:
+        """Take a step with one connection; whatever fails costs that one alone."""
+        if connection not in self.connections:
+            return
+        try:
+            step(connection, *more)
+            return
+        except OSError as error:
+            why = error.strerror or "lost"
+        except Exception:
+            logger.exception("an error of ours, with %s", connection.origin)
+            why = "an error of ours"
+        self._drop(connection, why)  # only here, where no traceback keeps a view of the log alive
+
+    def _heard_at(self, connection: Connection) -> float:
+        """When more of what somebody sent may be taken; NEVER is until something else changes."""
+        if connection.state is CLOSING:
+            return self.now  # it is thrown away
+        outbox = connection.outbox
+        # Our own log stands for all: a line adds about the same to each.
+        if self.held or outbox.log.news > TURN_LIMIT or outbox.private_bytes > PRIVATE_LIMIT:
+            return NEVER
+        return connection.full_at - BURST_SECONDS if self.limits.rate else self.now
+
+    def _listen_to(self, connection: Connection) -> None:
+        """Take the lines that we hold of somebody, and read more where those are all taken."""
+        wire = connection.wire
+        all_taken = self._take_lines(connection)
+        if all_taken and not wire.ended:
+            try:
+                data = connection.sock.recv(READ_SIZE)
+            except BlockingIOError:
+                pass
+            else:
+                if connection.state is not CLOSING or not data:
+                    wire.feed(data)
+                all_taken = self._take_lines(connection)
+        self.in_line.pop(connection, None)
+        if not all_taken:
+            self.in_line[connection] = None  # behind the others
+        self.chat.changed[connection] = None
+
+    def _take_lines(self, connection: Connection) -> bool:
+        """Handle the lines that we hold of somebody; False where some must wait."""
+        wire, rate = connection.wire, self.limits.rate
+        while connection.state is not CLOSING:
+            if self._heard_at(connection) > self.now:
+                return False
+            event = wire.next()
+            if wire.replies:
+                self.chat.reply(connection, wire.replies)
+                wire.replies = b""
+            if rate:
+                tokens = (event is not None) + wire.commands / COMMANDS_A_TOKEN
+                connection.full_at = max(connection.full_at, self.now) + tokens / rate
+                wire.commands = 0
+            if event is None:
+                break
+            self.chat.handle(connection, event)
+        return True
+
+    def _settle(self, connection: Connection) -> None:
+        """Do all that follows from how things stand with somebody; call it as often as you like."""
+        outbox, ended = connection.outbox, connection.wire.ended
+        if outbox.owes and connection not in self.slow:
+            self._flush(connection)
+        if outbox.owes:
+            self.slow[connection] = None
+        else:
+            self.slow.pop(connection, None)
+        if connection.state is CLOSING:
+            if connection not in self.leaving:
+                self.leaving[connection] = None
+                connection.since = self.now
+                self._release_address(connection)
+            if not outbox.owes:
+                if ended:
+                    self._forget(connection)
+                    return
+                # Before the peer's end, a close with input unread would be a reset, and the
+                # peer would lose the last lines (RFC 1122, section 4.2.2.13).
+                self._shut(connection, socket.SHUT_WR)
+        # Who is in line need not be announced again.
+        reads = READ if not ended and connection not in self.in_line else 0
+        writes = WRITE if connection in self.slow else 0
+        self._watch(connection, reads | writes)
+
+    def _flush(self, connection: Connection) -> None:
+        """Send somebody all that they are owed, as far as their socket takes it."""
+        outbox = connection.outbox
+        with outbox.unsent() as unsent:
+            try:
+                sent = connection.sock.send(unsent) if unsent else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                # Nobody is there any more, and if somebody were, nothing may follow the gap.
+                # But what they said before may still wait to be read, up to the end.
+                logger.info("%s takes nothing any more: %s", connection.origin, error.strerror)
+                outbox.deafen()
+                self._shut(connection, socket.SHUT_RDWR)
+                return
+        outbox.advance(sent)
+
+    def _shut(self, connection: Connection, how: int) -> None:
+        try:
+            connection.sock.shutdown(how)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # the peer is gone already
+                raise
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Have the selector tell of just these events."""
+        watched, sock = connection.watched, connection.sock
+        if events == watched:
+            return
+        connection.watched = 0  # which it is where the selector fails
+        if not events:
+            self.selector.unregister(sock)
+        elif not watched:
+            self.selector.register(sock, events, connection)
+        else:
+            self.selector.modify(sock, events, connection)
+        connection.watched = events
+
+    def _drop(self, connection: Connection, why: str) -> None:
+        """Lose a connection at once, with all that it is owed."""
+        if connection in self.connections:
+            if connection.state is not CLOSING:
+                self.chat.leave(connection, why)
+            self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        """Close a socket, and keep nothing of its connection."""
+        del self.connections[connection]
+        for kept in (self.leaving, self.in_line, self.slow):
+            kept.pop(connection, None)
+        self.chat.changed.pop(connection, None)
+        self._release_address(connection)
+        if connection.watched:
+            with contextlib.suppress(OSError, KeyError):  # closing it will do
+                self.selector.unregister(connection.sock)
+        with contextlib.suppress(OSError):  # it is gone either way
+            connection.sock.close()
+
+    def _release_address(self, connection: Connection) -> None:
+        """Count a connection no more among those from its address."""
+        group, connection.address_group = connection.address_group, ""
+        if group:
+            self.callers[group] -= 1
+            if not self.callers[group]:
+                del self.callers[group]
+
+
+# --------------------------------------------------------------------------
+# 7. main
+# --------------------------------------------------------------------------
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse says it where int() refuses
+    return parse
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for; exits with 2 where it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="batchat.py",
+        description="A chat room that people join with telnet or a browser.",
+        epilog="Ctrl-C closes the room: everyone is told, and is sent all that they are owed.",
+    )
+    count = whole_number(0, 1_000_000)
+    for flag, kind, default, what in [
+        ("--port", whole_number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
+        (
+            "--web-port",
+            whole_number(0, 65535),
+            None,
+            f"port for browsers (default: {WEB_PORT}, or any if it is taken)",
+        ),
+        ("--rate", count, 10, "lines a second that one person may send; 0 is no limit"),
+        ("--max-people", count, 0, "people at a time; 0 is as many as the system allows"),
+        ("--max-per-address", count, 100, "connections from one address; 0 is no limit"),
+    ]:
+        text = what if default is None else f"{what} (default: %(default)s)"
+        parser.add_argument(flag, metavar="N", type=kind, default=default, help=text)
+    parser.add_argument(
+        "--host", metavar="ADDRESS", help="address to listen on (default: every one, IPv4 and IPv6)"
+    )
+    parser.add_argument("--no-web", action="store_true", help="open no door for browsers")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more of what happens")
+    parser.add_argument("--version", action="version", version=f"BATCHAT {__version__}")
+    return parser.parse_args(arguments)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open descriptors as far as the system lets us; returns it."""
+    if resource is None:
+        return 512  # what select() takes on Windows
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS takes less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def open_listener(host: str | None, port: int) -> socket.socket:
+    """A socket that listens on `host`, or on every address; raises OSError."""
+    if not host and socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+        )
+    found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = found[0]
+    return socket.create_server(cast("tuple[str, int]", address), family=family, backlog=BACKLOG)
+
+
+def open_web_listener(host: str | None, port: int | None) -> socket.socket:
+    """The same for browsers; any free port will do where none was asked for and ours is taken."""
+    try:
+        return open_listener(host, WEB_PORT if port is None else port)
+    except OSError:
+        if port is not None:
+            raise
+        return open_listener(host, 0)
+
+
+def opening_line(host: str | None, doors: list[socket.socket]) -> str:
+    """Where the room is, and how to join it."""
+    ports = [door.getsockname()[1] for door in doors]
+    kinds = "IPv4 and IPv6" if doors[0].family == socket.AF_INET6 else "IPv4"
+    where = host or f"every address of this box ({kinds})"
+    name = host or "localhost"
+    line = f"BATCHAT is open on {where}, port {ports[0]}. Join it: telnet {name} {ports[0]}"
+    if ports[1:]:
+        line += f", or in a browser: http://{f'[{name}]' if ':' in name else name}:{ports[1]}/"
+    return line if host else f"{line} (from another box: {socket.gethostname()} for localhost)"
+
+
+def stop_on_signals(reactor: Reactor) -> None:
+    """Have Ctrl-C and SIGTERM close the room; the second of them ends it at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    ours, pythons = socket.socketpair()
+    for end in (ours, pythons):
+        end.setblocking(False)
+    signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
+
+    received = []
+
+    def on_signal(signum: int, frame: object) -> None:
+        received.append(signum)
+        if received[1:]:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    def on_wakeup() -> None:
+        ours.recv(16)
+        logger.info("closing")
+        reactor.stop()
+
+    for each in signals:
+        signal.signal(each, on_signal)
+    reactor.selector.register(ours, READ, on_wakeup)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server; returns the exit status."""
+    options = parse_options(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
+    most = raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY
+    if most < 1:
+        print("batchat: too few descriptors are allowed; see ulimit -n", file=sys.stderr)
+        return 1
+    people = min(most, options.max_people or most)
+    limits = Limits(options.rate, people, options.max_per_address)
+    host, port = options.host, options.port
+    try:
+        doors: dict[socket.socket, type[Wire]] = {open_listener(host, port): TelnetWire}
+        if not options.no_web:
+            port = options.web_port
+            doors[open_web_listener(host, port)] = WebWire
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "that is no address"
+        why = why.partition(" (while")[0]  # create_server() says again where
+        print(
+            f"batchat: can't listen on {host or 'any address'}, port {port}: {why}", file=sys.stderr
+        )
+        return 1
+    reactor = Reactor(doors, limits)
+    stop_on_signals(reactor)
+    print(opening_line(host, list(doors)), flush=True)
+    return 0 if reactor.run() else 1
+
+
+# --------------------------------------------------------------------------
+# 8. The browser
+# --------------------------------------------------------------------------
 
 # A request's head and its first line (RFC 9112, sections 2.2 and 3).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -642,12 +1569,25 @@ def decode(payload: bytes) -> str:
         raise FrameError(CloseCode.INVALID_DATA) from None
 
 
+def lines_of(message: str) -> list[str]:
+    """The lines of a message, its first one last; a line break at its end ends the last one."""
+    if "\n" not in message and "\r" not in message:
+        return [message]
+    lines = NEWLINE.split(message)
+    if not lines[-1]:
+        lines.pop()
+    return lines[::-1]
+
+
 class WebState(enum.Enum):
     """What a browser's bytes are to be read as."""
 
     REQUEST = enum.auto()
     FRAMES = enum.auto()
     NOTHING = enum.auto()
+
+
+REQUEST, FRAMES, NOTHING = WebState
 
 
 class WebWire(Wire):
@@ -657,17 +1597,21 @@ class WebWire(Wire):
     peer says in one message is one line or more.
     """
 
-    __slots__ = ("_data", "_lines", "_message", "_state")
+    __slots__ = ("_at", "_data", "_lines", "_message", "_state")
 
-    SPEAKS_FIRST = False
     PING = frame(PING, b"")
 
     def __init__(self) -> None:
         super().__init__()
-        self._state = WebState.REQUEST
+        self._state = REQUEST
         self._data = b""
+        self._at = 0  # how far we have come in `_data`
         self._message: bytes | None = None  # the fragments so far of a message
         self._lines: list[str] = []  # what is left of the last message, its next line last
+
+    @property
+    def opened(self) -> bool:
+        return self._state is FRAMES
 
     @staticmethod
     def encode(text: str) -> bytes:
@@ -685,37 +1629,39 @@ class WebWire(Wire):
     def next(self) -> Event | None:
         try:
             while not self._lines:
-                if self._state is WebState.REQUEST:
+                if self._state is REQUEST:
                     return self._next_request()
-                if self._state is WebState.NOTHING:
-                    return WireEvent.LEAVE
+                if self._state is NOTHING:
+                    return LEAVE
                 if not self._take_frame():
-                    return WireEvent.LEAVE if self.ended else None
+                    self._data, self._at = self._data[self._at :], 0
+                    return LEAVE if self.ended else None
             return clean(self._lines.pop())
         except FrameError as error:
-            self.replies += self._close(error.args[0])
-            return WireEvent.LEAVE
+            self.replies += self._end(error.args[0])
+            return LEAVE
 
-    def turn_away(self, status: HTTPStatus, text: str) -> bytes:
-        if self._state is not WebState.REQUEST:
-            return self.encode(text)
-        self._state = WebState.NOTHING
-        return respond(status, "plain", text)
+    def close(self, words: str, unavailable: bool) -> bytes:
+        if self._state is REQUEST and words:
+            self._state = NOTHING
+            late, full = HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.SERVICE_UNAVAILABLE
+            return respond(full if unavailable else late, "plain", words)
+        if self._state is FRAMES:
+            code = CloseCode.GOING_AWAY if unavailable else CloseCode.NORMAL
+            return self.encode(words) + self._end(code)
+        return b""  # the protocol has had its last word
 
-    def farewell(self, going_away: bool) -> bytes:
-        return self._close(CloseCode.GOING_AWAY if going_away else CloseCode.NORMAL)
-
-    def _close(self, code: int) -> bytes:
-        """Read nothing any more; returns a close frame where one is due."""
-        was, self._state = self._state, WebState.NOTHING
-        return frame(CLOSE, struct.pack("!H", code)) if was is WebState.FRAMES else b""
+    def _end(self, code: int) -> bytes:
+        """Read nothing any more; returns the close frame that says why."""
+        self._state = NOTHING
+        return frame(CLOSE, struct.pack("!H", code))
 
     def _next_request(self) -> Event | None:
         self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
         end = HEAD_END.search(self._data)
         size = end.end() if end else len(self._data)
         if not end and size <= HEAD_LIMIT:
-            return WireEvent.LEAVE if self.ended else None
+            return LEAVE if self.ended else None
         request, self._data = self._data[:size], self._data[size:]
         opened = False
         try:
@@ -728,17 +1674,18 @@ class WebWire(Wire):
         if request.startswith(b"HEAD "):
             reply = reply[: reply.index(b"\r\n\r\n") + 4]
         self.replies += reply
-        self._state = WebState.FRAMES if opened else WebState.NOTHING
-        return WireEvent.OPENED if opened else WireEvent.LEAVE
+        self._state = FRAMES if opened else NOTHING
+        return OPENED if opened else LEAVE
 
     def _take_frame(self) -> bool:
         """Take in the next frame; False where it is not all here; raises FrameError."""
-        data, head = self._data, 2
-        if len(data) < head:
+        data, at = self._data, self._at
+        here = len(data) - at
+        if here < 2:
             return False
-        opcode, size = data[0] & 0x0F, data[1] & 0x7F
-        final, fragments = data[0] & FINAL, self._message or b""
-        if data[0] & RESERVED or not data[1] & MASKED:
+        first, size, head = data[at], data[at + 1] & 0x7F, 2
+        final, opcode = first & FINAL, first & 0x0F
+        if first & RESERVED or not data[at + 1] & MASKED:
             raise FrameError(CloseCode.PROTOCOL_ERROR)
         if opcode == BINARY:
             raise FrameError(CloseCode.UNSUPPORTED_DATA)
@@ -750,999 +1697,32 @@ class WebWire(Wire):
             raise FrameError(CloseCode.PROTOCOL_ERROR)
         if size >= 126:
             head, least = (4, 126) if size == 126 else (10, 1 << 16)
-            if len(data) < head:
+            if here < head:
                 return False
-            size = int.from_bytes(data[2:head], "big")
+            size = int.from_bytes(data[at + 2 : at + head], "big")
             if not least <= size < 1 << 63:
                 raise FrameError(CloseCode.PROTOCOL_ERROR)
-        if len(fragments) + size > LINE_LIMIT and opcode in (TEXT, CONTINUATION):
+        if opcode in (TEXT, CONTINUATION) and size + len(self._message or b"") > LINE_LIMIT:
             raise FrameError(CloseCode.TOO_BIG)
-        end = head + 4 + size
-        if len(data) < end:
+        if here < head + 4 + size:
             return False
         self.commands += 1
-        payload = unmask(data[head + 4 : end], data[head : head + 4])
-        self._data = data[end:]
+        start = at + head + 4
+        self._at = start + size
+        payload = unmask(data[start : self._at], data[start - 4 : start])
         if opcode == PING:
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
             check_close(payload)
             self.replies += frame(CLOSE, payload[:2])
-            self._state = WebState.NOTHING
+            self._state = NOTHING
         elif opcode != PONG:
-            self._message = fragments + payload
+            message = payload if self._message is None else self._message + payload
+            self._message = None if final else message
             if final:
-                lines = NEWLINE.split(decode(self._message))
-                if len(lines) > 1 and not lines[-1]:
-                    lines.pop()  # the message ended with a line break
-                self._lines = lines[::-1]
-                self._message = None
+                self._lines = lines_of(decode(message))
         return True
 
-
-# --------------------------------------------------------------------------
-# 5. Chat
-# --------------------------------------------------------------------------
-
-
-class State(enum.Enum):
-    """How far a person has come; see Chat.handle."""
-
-    CALLING = enum.auto()  # is at the door: a browser that has not asked for anything yet
-    NAMING = enum.auto()  # has not given a name yet, and hears nothing
-    CHATTING = enum.auto()
-    CLOSING = enum.auto()  # is heard no more, but still owed something
-    LINGERING = enum.auto()  # has been sent everything, and should hang up
-    GONE = enum.auto()
-
-
-# What comes in any other state is thrown away.
-LISTENED_TO = (State.CALLING, State.NAMING, State.CHATTING)
-
-
-class Person:
-    """What the chat knows of somebody: a name, an outbox and a state."""
-
-    __slots__ = ("name", "origin", "outbox", "state", "tries")
-
-    def __init__(self, origin: str, outbox: Outbox) -> None:
-        self.origin = origin  # where they call from, for the log
-        self.outbox = outbox
-        self.state = State.CALLING
-        self.name = ""
-        self.tries = 0
-
-
-class Refusal(Exception):
-    """Somebody asked for what they can't have; the text tells them why."""
-
-
-# Letters and marks that nobody can see, so that no name hides in another.
-INVISIBLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
-)
-HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
-RESERVED_NAMES = {"you", "batchat"}  # private lines call their reader so, and notices this room
-
-
-def name_key(name: str) -> str:
-    """The same for every spelling of a name: BOB, \uff42\uff4f\uff42 and bob are one (Unicode, D146)."""
-    if len(name) > SPELLING_LIMIT:
-        return name  # nobody is called so, and to normalize it takes time by the square
-    key = unicodedata.normalize("NFD", name)
-    for _ in range(2):
-        key = unicodedata.normalize("NFKD", key.casefold())
-    return key
-
-
-def check_name(text: str) -> str:
-    """`text` as a name, in NFC; raises Refusal where it is none."""
-    name = text.strip()
-    if len(name) <= SPELLING_LIMIT:
-        name = unicodedata.normalize("NFC", name)
-    if not name:
-        raise Refusal("A name has at least one character.")
-    if len(name) > NAME_LIMIT:
-        raise Refusal(f"A name has at most {NAME_LIMIT} characters.")
-    for at, character in enumerate(name):
-        kind = unicodedata.category(character)
-        good = kind[0] == "L" or kind == "Nd" or character in "_-." or (kind[0] == "M" and at > 0)
-        if not good or INVISIBLE.match(character):
-            raise Refusal("A name is made of letters, digits, '_', '-' and '.' alone.")
-    return name
-
-
-class Chat:
-    """The room: who is in it, what they say, and who hears it."""
-
-    def __init__(self) -> None:
-        self.logs: dict[type[Wire], Log] = {wire: Log(wire) for wire in (TelnetWire, WebWire)}
-        self.people: dict[str, Person] = {}  # those who are chatting, by name_key
-        # Those to see to, in this order: they were told something, or let go.
-        self.told: dict[Person, None] = {}
-        # Those who ignore somebody, by whom they ignore.
-        self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)
-
-    # What people are told
-
-    def tell(self, person: Person, text: str) -> None:
-        """Show `text` to one person alone."""
-        self.reply(person, person.outbox.log.wire.encode(text))
-
-    def reply(self, person: Person, data: bytes) -> None:
-        """The same, with bytes as they go over the wire."""
-        person.outbox.insert(data)
-        self.told[person] = None
-
-    def ping(self) -> None:
-        """Give everyone in the room a sign of life, where their wire has one."""
-        for log in self.logs.values():
-            if log.listeners:
-                log.append(log.wire.PING)
-
-    def _announce(self, text: str) -> None:
-        """Show `text` to everyone in the room."""
-        for log in self.logs.values():
-            if log.listeners:
-                log.append(log.wire.encode(text))
-
-    def _say(self, speaker: Person, text: str) -> None:
-        """Show `text` to everyone but its speaker and those who ignore them."""
-        self._announce(text)
-        for person in (speaker, *self._ignorers.get(speaker, ())):
-            person.outbox.skip_newest()
-
-    # Coming and going
-
-    def leave(self, person: Person, why: str) -> None:
-        """Let a person go: they hear nothing more, and the others hear that they went."""
-        was_chatting = person.state is State.CHATTING
-        person.state = State.CLOSING
-        self.told[person] = None
-        if not was_chatting:
-            logger.debug("%s left before joining: %s", person.origin, why)
-            return
-        person.outbox.leave()
-        del self.people[name_key(person.name)]
-        self._ignorers.pop(person, None)
-        for ignorers in self._ignorers.values():
-            ignorers.discard(person)
-        self._announce(f"* {person.name} has quit the chat\n")
-        logger.info("%s left: %s (%s, %d here)", person.name, why, person.origin, len(self.people))
-
-    def close(self) -> None:
-        """Tell everyone in the room that it closes."""
-        self._announce(SHUTDOWN)
-        for person in self.people.values():
-            person.state = State.CLOSING
-            person.outbox.leave()
-            self.told[person] = None
-        self.people.clear()
-
-    # The state machine
-
-    def handle(self, person: Person, event: Event) -> None:
-        """Do what an event means in the state that the person is in."""
-        try:
-            if person.state is State.CHATTING:
-                if event is WireEvent.LEAVE:
-                    self.leave(person, "ended it")
-                elif isinstance(event, WireEvent):
-                    raise Refusal(f"A line has at most {LINE_LIMIT} bytes; yours was not sent.")
-                elif event.startswith("//"):
-                    self._say(person, f"<{person.name}> {event[1:]}\n")
-                elif event.startswith("/"):
-                    self._command(person, event)
-                elif event.strip():
-                    self._say(person, f"<{person.name}> {event}\n")
-            elif person.state is State.NAMING:
-                if event is WireEvent.LEAVE:
-                    self.leave(person, "ended it")
-                elif isinstance(event, WireEvent) or HTTP_REQUEST.match(event):
-                    self.leave(person, "sent no name")  # HTTP, or longer than any name
-                elif event.strip().lower() == "/quit":
-                    self.leave(person, "quit")
-                else:
-                    self._enter(person, event)
-            elif event is WireEvent.OPENED:
-                person.state = State.NAMING
-                self.tell(person, GREETING)
-            else:
-                self.leave(person, "did not come in")
-        except Refusal as why:
-            self.tell(person, f"* {why}\n")
-
-    def _enter(self, person: Person, text: str) -> None:
-        try:
-            name = self._free_name(person, text)
-        except Refusal as why:
-            person.tries += 1
-            if person.tries == NAME_TRIES:
-                self.tell(person, f"* {why}\n{GOODBYE}")
-                self.leave(person, "gave no good name")
-            else:
-                self.tell(person, f"* {why}\n{PROMPT}")
-            return
-        self._announce(f"* {name} has joined the chat\n")  # before they come in and would read it
-        person.name = name
-        person.state = State.CHATTING
-        person.outbox.enter()
-        self.people[name_key(name)] = person
-        self.tell(person, f"Hey, {name}! Hope you enjoy the chat.\n\n")
-        logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
-
-    def _free_name(self, person: Person, text: str) -> str:
-        """`text` as a name that this person may take, their own included; raises Refusal."""
-        name = check_name(text)
-        key = name_key(name)
-        if key in RESERVED_NAMES or self.people.get(key, person) is not person:
-            raise Refusal(f"The name {name} is taken.")
-        return name
-
-    def _find(self, name: str) -> Person:
-        """Who is called `name`; raises Refusal."""
-        try:
-            return self.people[name_key(name)]
-        except KeyError:
-            raise Refusal(f"Nobody here is called {name}.") from None
-
-    # The commands
-
-    def _command(self, person: Person, line: str) -> None:
-        command, _, rest = line.partition(" ")
-        command, rest = command.lower(), rest.strip()
-        if command not in COMMANDS:
-            raise Refusal(f"There is no command {command}; /help shows those there are.")
-        takes = COMMANDS[command][0]
-        if len(rest.split(None, 1)) < len(takes.split()):
-            raise Refusal(f"It goes like this: {command} {takes}")
-        getattr(self, "_do_" + command[1:])(person, rest)
-
-    def _do_help(self, person: Person, rest: str) -> None:
-        self.tell(person, HELP)
-
-    def _do_who(self, person: Person, rest: str) -> None:
-        names = [self.people[key].name for key in sorted(self.people)]
-        self.tell(person, f"* {len(names)} here: {', '.join(names)}\n")
-
-    def _do_me(self, person: Person, rest: str) -> None:
-        self._say(person, f"** {person.name} {rest}\n")
-
-    def _do_msg(self, person: Person, rest: str) -> None:
-        name, text = rest.split(None, 1)
-        listener = self._find(name)
-        if listener not in self._ignorers.get(person, ()):
-            if listener.outbox.private_bytes > PRIVATE_LIMIT:
-                raise Refusal(f"{listener.name} has too much to read; your line was not sent.")
-            self.tell(listener, f"[{person.name} -> you] {text}\n")
-        self.tell(person, f"[you -> {listener.name}] {text}\n")
-
-    def _do_nick(self, person: Person, rest: str) -> None:
-        name = self._free_name(person, rest)
-        if name == person.name:
-            raise Refusal(f"You are {name} already.")
-        del self.people[name_key(person.name)]
-        self.people[name_key(name)] = person
-        self._announce(f"* {person.name} is now known as {name}\n")
-        logger.info("%s is now %s (%s)", person.name, name, person.origin)
-        person.name = name
-
-    def _do_ignore(self, person: Person, rest: str) -> None:
-        other = self._find(rest)
-        if other is person:
-            raise Refusal("You can't ignore yourself.")
-        self._ignorers[other] ^= {person}
-        if person in self._ignorers[other]:
-            self.tell(person, f"* You no longer hear {other.name}.\n")
-        else:
-            self.tell(person, f"* You hear {other.name} again.\n")
-
-    def _do_quit(self, person: Person, rest: str) -> None:
-        self.leave(person, "quit")
-
-
-# --------------------------------------------------------------------------
-# 6. The reactor
-# --------------------------------------------------------------------------
-
-NEVER = float("inf")
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
-SOCKET_OPTIONS = [
-    (level, getattr(socket, name), value)
-    for level, name, value in [
-        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line leaves at once
-        (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet may send part of Ctrl-C as urgent data
-        # A size of the system's own grows, and it looks as if a stalled listener read on.
-        (socket.SOL_SOCKET, "SO_SNDBUF", SEND_BUFFER),
-        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_IDLE),
-        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", KEEPALIVE_IDLE),  # the same, as macOS calls it
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", KEEPALIVE_COUNT),
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", USER_TIMEOUT),
-    ]
-    if hasattr(socket, name)
-]
-
-
-class Countdown:
-    """Who runs out of time, and when.  All have the same time, so the first in is the first out."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._ends: OrderedDict[Connection, float] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __iter__(self) -> Iterator[Connection]:
-        return iter(self._ends)
-
-    def __contains__(self, connection: Connection) -> bool:
-        return connection in self._ends
-
-    def start(self, connection: Connection, now: float) -> None:
-        """Give them their time, unless theirs runs already."""
-        self._ends.setdefault(connection, now + self.seconds)
-
-    def stop(self, connection: Connection) -> None:
-        self._ends.pop(connection, None)
-
-    def next_end(self) -> float:
-        return next(iter(self._ends.values()), NEVER)
-
-    def expired(self, now: float) -> Iterator[Connection]:
-        """Take out those whose time is up."""
-        while self.next_end() <= now:
-            yield self._ends.popitem(last=False)[0]
-
-
-class Connection(Person):
-    """A person, and the socket they are at."""
-
-    __slots__ = ("address_group", "full_at", "paused", "sock", "watched", "wire")
-
-    def __init__(self, sock: socket.socket, origin: str, log: Log) -> None:
-        super().__init__(origin, Outbox(log))
-        self.wire = log.wire()
-        self.sock = sock
-        self.address_group = ""  # what their address counts as, if it counts
-        self.full_at = 0.0  # when their token bucket is full again
-        self.paused = False  # has more to say than we take now, and is not read
-        self.watched = 0  # the events that the selector was asked for
-
-
-class Limits(NamedTuple):
-    """What whoever runs the server may set."""
-
-    rate: int  # lines a second from one person; 0 is no limit
-    max_people: int
-    max_per_address: int  # connections; 0 is no limit
-
-
-def address_group(host: str) -> str:
-    """What a caller's address counts as: itself, an IPv6 /64, or "" for this very box."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_loopback:
-        return ""
-    prefix = 32 if address.version == 4 else 64
-    return str(ipaddress.ip_network((address, prefix), strict=False))
-
-
-class Reactor:
-    """The wheel: select, read, write, tidy up.
-
-    The log grows in the read phase and is sent in the write phase, because it
-    cannot grow while views of it are alive.
-    """
-
-    def __init__(
-        self,
-        doors: dict[socket.socket, type[Wire]],
-        limits: Limits,
-        selector: selectors.BaseSelector | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.doors = doors  # the sockets that listen, and what is spoken there
-        self.limits = limits
-        self.selector = selector or selectors.DefaultSelector()
-        self.clock = clock
-        self.now = clock()  # when this turn began
-        self.chat = Chat()
-        self.connections: dict[Connection, None] = {}  # in order of arrival, as they lie in memory
-        self.callers: Counter[str] = Counter()  # connections by address group
-
-        # Those in line to be listened to: they have said something, or may have.
-        self.talkers: OrderedDict[Connection, None] = OrderedDict()
-        # Those whose last send came up short, and since when they have taken nothing.
-        self.backlogged: dict[Connection, float] = {}
-        self.failed: list[Connection] = []  # those whom an error of ours hit in this turn
-
-        self.held_until = self.now  # till then the talkers wait for the slowest listener
-        self.retry_at = NEVER  # when we accept again, after the system could not
-        self.ping_at = self.now + PING_SECONDS  # when everyone gets the next sign of life
-        self.ends_at = NEVER  # when the room closes, whoever is still there
-        self.calling = Countdown(HEAD_SECONDS)
-        self.naming = Countdown(NAME_SECONDS)
-        self.pacing = Countdown(1 / limits.rate if limits.rate else 0)  # a token's worth
-        self.stalled = Countdown(STALL_SECONDS)
-        self.closing = Countdown(CLOSING_SECONDS)
-        self.countdowns = (self.calling, self.naming, self.pacing, self.stalled, self.closing)
-
-        for door in doors:
-            door.setblocking(False)
-        self._open_doors()
-
-    # The wheel
-
-    def run(self) -> None:
-        """Serve until `stop` is called, and then until everyone has gone or time is up."""
-        while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
-            self.turn()
-        for connection in list(self.connections):
-            self._forget(connection)
-
-    def turn(self) -> None:
-        """One turn of the wheel; waits for something to do."""
-        ready = self.selector.select(self._patience())
-        self.now = self.clock()
-        self._expire()
-        writable = self._read_phase(ready)
-        self._write_phase(writable)
-        self._tidy_up()
-
-    def stop(self) -> None:
-        """Close the room: tell everyone, send what is owed, wait for them to hang up."""
-        self.ends_at = self.now + SHUTDOWN_SECONDS
-        if self.retry_at == NEVER:
-            self._close_doors()
-        self.retry_at = NEVER
-        for door in self.doors:
-            door.close()
-        self.chat.close()
-        for connection in self.connections:
-            if connection.state in LISTENED_TO:
-                self._dismiss(connection, HTTPStatus.SERVICE_UNAVAILABLE, SHUTDOWN)
-
-    @property
-    def held(self) -> bool:
-        return self.now < self.held_until
-
-    @property
-    def _slowest(self) -> int:
-        """Bytes by which the slowest listener is behind."""
-        return max((each.outbox.behind for each in self.backlogged), default=0)
-
-    @property
-    def _room_is_full(self) -> bool:
-        """Whether the talkers must wait until more of what they said is sent."""
-        return any(len(log.data) > HOLD_ABOVE for log in self.chat.logs.values())
-
-    def _patience(self) -> float:
-        """Seconds that the selector may wait."""
-        news = any(log.end > log.offered for log in self.chat.logs.values())
-        if news or self.chat.told or (self.talkers and not self.held):
-            return 0
-        ends = [timer.next_end() for timer in self.countdowns]
-        end = min(self.retry_at, self.ping_at, self.ends_at, *ends)
-        if self.held:
-            end = min(end, self.held_until)
-        return max(0, end - self.clock())
-
-    def _expire(self) -> None:
-        """Do what has become due."""
-        for connection in self.calling.expired(self.now):
-            self._dismiss(connection, HTTPStatus.REQUEST_TIMEOUT, TOO_SLOW)
-        for connection in self.naming.expired(self.now):
-            self._dismiss(connection, HTTPStatus.REQUEST_TIMEOUT, NAMELESS)
-        for connection in self.pacing.expired(self.now):
-            self.talkers[connection] = None
-        for connection in self.closing.expired(self.now):
-            self._forget(connection)
-        if self.now >= self.retry_at:
-            self.retry_at = NEVER
-            self._open_doors()
-        if self.now >= self.ping_at:
-            self.ping_at = self.now + PING_SECONDS
-            self.chat.ping()
-            for connection in self.naming:
-                if connection.wire.PING:
-                    self.chat.reply(connection, connection.wire.PING)
-
-    def _read_phase(self, ready: list[tuple[selectors.SelectorKey, int]]) -> list[Connection]:
-        """Listen to those who talk; returns those who can be sent something again."""
-        writable = []
-        for key, events in ready:
-            connection = key.data
-            if not isinstance(connection, Connection):
-                connection()  # a door, or whatever else was registered with what to do
-            elif connection.state is not State.GONE:
-                if events & READ:
-                    self.talkers[connection] = None
-                if events & WRITE:
-                    writable.append(connection)
-        if not self.held:
-            while self.talkers and not self._room_is_full:
-                self._guard(self._listen_to, self.talkers.popitem(last=False)[0])
-        for connection in self.talkers:
-            connection.paused = True
-            self._watch(connection)
-        return writable
-
-    def _write_phase(self, writable: list[Connection]) -> None:
-        """Send everyone what is new to them, each in one system call."""
-        told = cast("dict[Connection, None]", self.chat.told)
-        self.chat.told = {}
-        for connection in told:
-            if connection.state is State.CLOSING:
-                self._begin_closing(connection)
-        for log in self.chat.logs.values():
-            if log.end > log.offered:
-                self._send_news(log)
-        # Those with a backlog wait until they are writable.
-        due = [each for each in told if each not in self.backlogged]
-        for connection in dict.fromkeys(due + writable):
-            if connection.state is not State.GONE:
-                self._guard(self._flush, connection)
-
-    def _send_news(self, log: Log) -> None:
-        """Send those who follow a log what it got since the last turn."""
-        offered, end = log.offered, log.end
-        size = end - offered
-        with memoryview(log.data)[offered - log.start :] as news:
-            for connection in tuple(self.connections):
-                outbox = connection.outbox
-                if outbox.cursor == offered and not outbox.splices and outbox.log is log:
-                    # Nearly everyone, nearly always; so it has no function of its own.
-                    try:
-                        sent = connection.sock.send(news)
-                    except OSError as error:
-                        sent = self._unsent(connection, error)
-                    if sent == size:
-                        outbox.cursor = end
-                    else:
-                        outbox.advance(sent)
-                        self._after_send(connection, sent)
-                elif (
-                    outbox.cursor < end and outbox.log is log and connection not in self.backlogged
-                ):
-                    self._guard(self._flush, connection)
-        log.offered = end
-
-    def _tidy_up(self) -> None:
-        """Forget what nobody needs any more, and see to those who hold up the rest."""
-        if self.stalled or self._slowest > HOLD_ABOVE:
-            self._mind_the_slow()
-        for connection in self.failed:
-            self._drop(connection, "an error of ours")
-        self.failed.clear()
-        for log in self.chat.logs.values():
-            cursors = (each.outbox.cursor for each in self.backlogged if each.outbox.log is log)
-            log.trim(min([log.offered, *cursors]))
-        slowest = self._slowest
-        if self.held and slowest < HOLD_BELOW:
-            self.held_until = self.now
-        elif not self.held and slowest > HOLD_ABOVE:
-            self.held_until = self.now + STALL_SECONDS
-
-    def _mind_the_slow(self) -> None:
-        """Drop those who hold up the talkers and do not catch up in time."""
-        for connection in list(self.backlogged):
-            outbox = connection.outbox
-            if outbox.behind > HOLD_ABOVE:
-                # The selector tells of room only when much of the send buffer is free; ask.
-                self._guard(self._flush, connection)
-            if outbox.behind <= HOLD_ABOVE:
-                self.stalled.stop(connection)
-            elif self.now - self.backlogged[connection] >= STALL_SECONDS:
-                self._drop(connection, "takes nothing")  # their time is over already
-            else:
-                self.stalled.start(connection, self.now)
-        for connection in self.stalled.expired(self.now):
-            self._drop(connection, "too far behind")
-
-    # One connection
-
-    def _guard(self, step: Callable[..., None], connection: Connection, *more: object) -> None:
-        """Take a step with one connection; an error in it costs that connection alone."""
-        try:
-            step(connection, *more)
-        except Exception:
-            logger.exception("an error of ours, with %s", connection.origin)
-            self.failed.append(connection)
-
-    def _open_doors(self) -> None:
-        for door in self.doors:
-            self.selector.register(door, READ, functools.partial(self._accept, door))
-
-    def _close_doors(self) -> None:
-        for door in self.doors:
-            self.selector.unregister(door)
-
-    def _accept(self, door: socket.socket) -> None:
-        """Let in those who are calling."""
-        for _ in range(ACCEPT_BATCH):
-            if self.retry_at != NEVER or self.ends_at != NEVER:
-                return  # the doors were closed in this very turn
-            try:
-                sock, address = door.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:  # out of descriptors or memory; it may get better
-                logger.warning("can't accept: %s", error.strerror)
-                self._close_doors()
-                self.retry_at = self.now + RETRY_SECONDS
-                return
-            if address:  # macOS gives none for a caller who is gone again
-                self._welcome(sock, self.chat.logs[self.doors[door]], *address[:2])
-
-    def _welcome(self, sock: socket.socket, log: Log, host: str, port: int) -> None:
-        """Make a caller a connection."""
-        sock.setblocking(False)
-        for option in SOCKET_OPTIONS:
-            with contextlib.suppress(OSError):  # a kernel that does not know it does without
-                sock.setsockopt(*option)
-        host = host[7:] if host.startswith("::ffff:") else host  # IPv4, at a door for both
-        origin = f"{host} port {port}"
-        connection = Connection(sock, origin, log)
-        self.connections[connection] = None
-        self._guard(self._admit, connection, host)
-
-    def _admit(self, connection: Connection, host: str) -> None:
-        """Greet a caller, or tell them why they can't come in."""
-        group, limits = address_group(host), self.limits
-        if group:
-            connection.address_group = group
-            self.callers[group] += 1
-        if len(self.connections) - len(self.closing) > limits.max_people:
-            self._turn_away(connection, FULL)
-        elif group and 0 < limits.max_per_address < self.callers[group]:
-            self._turn_away(connection, CROWDED)
-        elif connection.wire.SPEAKS_FIRST:
-            self.chat.handle(connection, WireEvent.OPENED)
-        self._watch(connection)
-        if len(self.connections) > limits.max_people + LOBBY:
-            # Somebody who takes leave goes at once: the first to whom nothing is owed.
-            self._forget(min(self.closing, key=lambda each: each.outbox.owes))
-
-    def _turn_away(self, connection: Connection, text: str) -> None:
-        """Tell a caller why they can't come in."""
-        self._dismiss(connection, HTTPStatus.SERVICE_UNAVAILABLE, text)
-        self._begin_closing(connection)
-        self._flush(connection)  # now, for their place may be needed in this turn
-
-    def _dismiss(self, connection: Connection, status: HTTPStatus, text: str) -> None:
-        """Show `text` to somebody who has no name yet, and have them leave."""
-        self.chat.reply(connection, connection.wire.turn_away(status, text))
-        self.chat.leave(connection, text.strip("* \n"))
-
-    def _listen_to(self, connection: Connection) -> None:
-        """Handle what somebody sent, and read more where that is all handled."""
-        connection.paused = False
-        if self._handle_lines(connection) and not connection.wire.ended:
-            self._receive(connection)
-            self._handle_lines(connection)
-        self._watch(connection)
-
-    def _receive(self, connection: Connection) -> None:
-        """Read from a socket once."""
-        try:
-            data = connection.sock.recv(READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._drop(connection, error.strerror or "lost")
-            return
-        if connection.state in LISTENED_TO or not data:
-            connection.wire.feed(data)
-        self._end_if_done(connection)
-
-    def _handle_lines(self, connection: Connection) -> bool:
-        """Handle the lines that we hold of somebody; False where they must wait with the rest."""
-        wire, outbox = connection.wire, connection.outbox
-        most = HOLD_ABOVE
-        while connection.state in LISTENED_TO:
-            # Our own log stands for all: none was too long when we began, and a line adds
-            # about the same to each.
-            room_is_full = len(outbox.log.data) > most
-            most = HOLD_BELOW  # one line a turn, where the room gets full
-            no_token = connection.full_at - self.now >= BURST_SECONDS
-            if room_is_full or no_token or outbox.private_bytes > PRIVATE_LIMIT:
-                connection.paused = True
-                if room_is_full:
-                    self.talkers[connection] = None
-                elif no_token:
-                    self.pacing.start(connection, self.now)
-                return False
-            event = wire.next()
-            if wire.replies:
-                self.chat.reply(connection, wire.replies)
-                wire.replies = b""
-            if self.pacing.seconds:
-                tokens = (event is not None) + wire.commands / COMMANDS_A_TOKEN
-                wire.commands = 0
-                start = max(connection.full_at, self.now)
-                connection.full_at = start + self.pacing.seconds * tokens
-            if event is None:
-                break
-            self.chat.handle(connection, event)
-        return True
-
-    def _flush(self, connection: Connection) -> None:
-        """Send somebody all that they are owed, as far as their socket takes it."""
-        outbox = connection.outbox
-        pieces = outbox.pieces()
-        sent = 0
-        if pieces:
-            try:
-                if HAS_SENDMSG:
-                    sent = connection.sock.sendmsg(pieces)
-                else:
-                    sent = connection.sock.send(b"".join(pieces))
-            except OSError as error:
-                sent = self._unsent(connection, error)
-        outbox.advance(sent)
-        self._after_send(connection, sent)
-
-    def _unsent(self, connection: Connection, error: OSError) -> int:
-        """See to a send that failed; returns the bytes that it sent, none."""
-        if not isinstance(error, BlockingIOError):
-            # Nobody is there any more, and if somebody were, nothing may follow the gap.
-            # But what they said before may still wait to be read, up to the end.
-            connection.outbox.deafen()
-            with contextlib.suppress(OSError):  # it has ended already
-                connection.sock.shutdown(socket.SHUT_RDWR)
-        return 0
-
-    def _after_send(self, connection: Connection, sent: int) -> None:
-        """Do what follows from how much was sent of what they are owed."""
-        if connection.outbox.owes:
-            if sent or connection not in self.backlogged:
-                self.backlogged[connection] = self.now
-        else:
-            self.backlogged.pop(connection, None)
-            self.stalled.stop(connection)
-            self._end_if_done(connection)
-        if connection.paused and connection not in self.pacing:
-            self.talkers[connection] = None  # perhaps their private lines were what they waited for
-        self._watch(connection)
-
-    def _begin_closing(self, connection: Connection) -> None:
-        """Listen to somebody no more: they have some time to take what is owed and hang up."""
-        connection.paused = False
-        self.pacing.stop(connection)
-        self._release_address(connection)
-        farewell = connection.wire.farewell(self.ends_at != NEVER)
-        if farewell:
-            connection.outbox.insert(farewell)
-        self.closing.start(connection, self.now)
-        self._watch(connection)
-
-    def _end_if_done(self, connection: Connection) -> None:
-        """Close a connection well: end the sending when all is sent, and wait for the peer's end.
-
-        A close before that, with input unread, would be a reset, and the peer
-        would lose the last lines (RFC 1122, section 4.2.2.13).
-        """
-        begun = connection in self.closing  # until then, a farewell may be due
-        if connection.state is State.CLOSING and begun and not connection.outbox.owes:
-            connection.state = State.LINGERING
-            with contextlib.suppress(OSError):  # the peer is gone already
-                connection.sock.shutdown(socket.SHUT_WR)
-        if connection.state is State.LINGERING and connection.wire.ended:
-            self._forget(connection)
-
-    def _drop(self, connection: Connection, why: str) -> None:
-        """Lose a connection, with all that it is owed."""
-        if connection.state in LISTENED_TO:
-            self.chat.leave(connection, why)
-        self._forget(connection)
-
-    def _forget(self, connection: Connection) -> None:
-        """Close a socket, and keep nothing of its connection."""
-        if connection.state is State.GONE:
-            return
-        connection.state = State.GONE
-        self._watch(connection)
-        connection.sock.close()
-        del self.connections[connection]
-        self.talkers.pop(connection, None)
-        self.backlogged.pop(connection, None)
-        self.chat.told.pop(connection, None)
-        for timer in self.countdowns:
-            timer.stop(connection)
-        self._release_address(connection)
-
-    def _release_address(self, connection: Connection) -> None:
-        """Count a connection no more among those from its address."""
-        group, connection.address_group = connection.address_group, ""
-        if group:
-            self.callers[group] -= 1
-            if not self.callers[group]:
-                del self.callers[group]
-
-    def _watch(self, connection: Connection) -> None:
-        """Have the clock and the selector look out for just what a connection's state asks for."""
-        for timer, state in ((self.calling, State.CALLING), (self.naming, State.NAMING)):
-            if connection.state is state:
-                timer.start(connection, self.now)
-            else:
-                timer.stop(connection)
-        events = 0
-        if connection.state is not State.GONE:
-            if not connection.paused and not connection.wire.ended:
-                events |= READ
-            if connection in self.backlogged:
-                events |= WRITE
-        if events == connection.watched:
-            return
-        if not events:
-            self.selector.unregister(connection.sock)
-        elif not connection.watched:
-            self.selector.register(connection.sock, events, connection)
-        else:
-            self.selector.modify(connection.sock, events, connection)
-        connection.watched = events
-
-
-# --------------------------------------------------------------------------
-# 7. main
-# --------------------------------------------------------------------------
-
-
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
-        return value
-
-    parse.__name__ = "whole number"  # argparse says it where int() refuses
-    return parse
-
-
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """What the command line asks for; exits with 2 where it makes no sense."""
-    parser = argparse.ArgumentParser(
-        prog="batchat.py",
-        description="A chat room that people join with telnet or a browser.",
-        epilog="Ctrl-C closes the room: everyone is told, and is sent all that they are owed.",
-    )
-    count = whole_number(0, 1_000_000)
-    for flag, kind, default, what in [
-        ("--port", whole_number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
-        (
-            "--web-port",
-            whole_number(0, 65535),
-            None,
-            f"port for browsers (default: {WEB_PORT}, or any if it is taken)",
-        ),
-        ("--rate", count, 10, "lines a second that one person may send; 0 is no limit"),
-        ("--max-people", count, 0, "people at a time; 0 is as many as the system allows"),
-        ("--max-per-address", count, 100, "connections from one address; 0 is no limit"),
-    ]:
-        text = what if default is None else f"{what} (default: %(default)s)"
-        parser.add_argument(flag, metavar="N", type=kind, default=default, help=text)
-    parser.add_argument(
-        "--host", metavar="ADDRESS", help="address to listen on (default: every one, IPv4 and IPv6)"
-    )
-    parser.add_argument("--no-web", action="store_true", help="open no door for browsers")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more of what happens")
-    parser.add_argument("--version", action="version", version=f"BATCHAT {__version__}")
-    return parser.parse_args(arguments)
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the limit of open descriptors as far as the system lets us; returns it."""
-    if resource is None:
-        return 512  # what select() takes on Windows
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS takes less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def open_listener(host: str | None, port: int) -> socket.socket:
-    """A socket that listens on `host`, or on every address; raises OSError."""
-    if not host and socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
-        )
-    found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-    family, _, _, _, address = found[0]
-    return socket.create_server(cast("tuple[str, int]", address), family=family, backlog=BACKLOG)
-
-
-def open_web_listener(host: str | None, port: int | None) -> socket.socket:
-    """The same for browsers; any free port will do where none was asked for and ours is taken."""
-    try:
-        return open_listener(host, WEB_PORT if port is None else port)
-    except OSError:
-        if port is not None:
-            raise
-        return open_listener(host, 0)
-
-
-def opening_line(host: str | None, doors: list[socket.socket]) -> str:
-    """Where the room is, and how to join it."""
-    ports = [door.getsockname()[1] for door in doors]
-    kinds = "IPv4 and IPv6" if doors[0].family == socket.AF_INET6 else "IPv4"
-    where = host or f"every address of this box ({kinds})"
-    name = host or "localhost"
-    line = f"BATCHAT is open on {where}, port {ports[0]}. Join it: telnet {name} {ports[0]}"
-    if ports[1:]:
-        line += f", or in a browser: http://{f'[{name}]' if ':' in name else name}:{ports[1]}/"
-    return line if host else f"{line} (from another box: {socket.gethostname()} for localhost)"
-
-
-def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C and SIGTERM close the room; the second of them ends it at once."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    ours, pythons = socket.socketpair()
-    for end in (ours, pythons):
-        end.setblocking(False)
-    signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
-
-    received = []
-
-    def on_signal(signum: int, frame: object) -> None:
-        received.append(signum)
-        if received[1:]:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-
-    def on_wakeup() -> None:
-        ours.recv(16)
-        logger.info("closing")
-        reactor.stop()
-
-    for each in signals:
-        signal.signal(each, on_signal)
-    reactor.selector.register(ours, READ, on_wakeup)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the server; returns the exit status."""
-    options = parse_options(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-    )
-    most = raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY
-    if most < 1:
-        print("batchat: too few descriptors are allowed; see ulimit -n", file=sys.stderr)
-        return 1
-    people = min(most, options.max_people or most)
-    limits = Limits(options.rate, people, options.max_per_address)
-    host, port = options.host, options.port
-    try:
-        doors: dict[socket.socket, type[Wire]] = {open_listener(host, port): TelnetWire}
-        if not options.no_web:
-            port = options.web_port
-            doors[open_web_listener(host, port)] = WebWire
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "that is no address"
-        why = why.partition(" (while")[0]  # create_server() says again where
-        print(
-            f"batchat: can't listen on {host or 'any address'}, port {port}: {why}", file=sys.stderr
-        )
-        return 1
-    reactor = Reactor(doors, limits)
-    stop_on_signals(reactor)
-    print(opening_line(host, list(doors)), flush=True)
-    reactor.run()
-    return 0
-
-
-# --------------------------------------------------------------------------
-# 8. The page
-# --------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --soft: #5b6066; --rule: #d4d7da;
@@ -1782,32 +1762,35 @@ const NAME_KEPT = 150;  // seconds for which our old line, if nobody saw it end,
 const log = document.querySelector("main"), form = document.querySelector("form");
 const input = document.querySelector("input"), more = document.querySelector("#more");
 const status = document.querySelector("#status");
-const prompt = log.dataset.prompt, lineLimit = Number(log.dataset.lineLimit);
+const words = log.dataset;  // what the room says, with {0} for who and {1} for what
 
-let socket;        // the WebSocket of now
-let name = "";     // ours, once we have one; we ask for it again when we come back
-let resuming;      // we are coming back: the banner is no news
-let lostAt;        // when the line was lost, in milliseconds
-let banner;        // the lines that come are the banner's, until the first empty one
-let left = false;  // we have gone for good: Enter joins again
-let pause = 1;     // seconds until the next try to come back
-let below = 0;     // new lines under the end of the screen
-let unread = 0;    // new lines since the tab was hidden
+// calling: the line is not open yet, or was lost;  banner: until its first empty line;
+// chatting: we read what is said, and may say something, be it our name;
+// returning: the room asks again for the name that we have;  left: for good.
+let state = "calling";
+let socket;
+let name = "";   // ours, once we have one; we give it again when we come back
+let lostAt = 0;  // when we last had it, in milliseconds
+let pause = 1;   // seconds until the next try to come back
+let below = 0;   // new lines under the end of the screen
+let unread = 0;  // new lines since the tab was hidden
 
 function connect() {
   const url = new URL("chat", location.href);
   url.protocol = url.protocol.replace("http", "ws");
   socket = new WebSocket(url);
-  left = false;
-  socket.onopen = () => { status.textContent = ""; resuming = name !== ""; banner = !resuming; };
+  state = "calling";
+  status.textContent = "";
+  socket.onopen = () => { state = name ? "returning" : "banner"; };
   socket.onmessage = event => receive(event.data);
   socket.onclose = event => {
-    left = event.code === 1000;
-    if (left) {
+    if (event.code === 1000) {
+      state = "left";
       name = "";
       status.textContent = "You have left. Press Enter to join again.";
     } else {
-      if (!resuming) lostAt = Date.now();
+      if (state === "chatting") lostAt = Date.now();
+      state = "calling";
       status.textContent = `The line is lost. Trying again in ${pause} s.`;
       setTimeout(connect, pause * 1000);
       pause = Math.min(pause * 2, 30);
@@ -1816,18 +1799,24 @@ function connect() {
 }
 
 function receive(text) {
-  if (resuming) {
-    if (text === prompt) { socket.send(name); return; }
-    if (!/^(Hey,|\*) /.test(text)) return;  // the banner
-    const taken = text === `* The name ${name} is taken.`;
+  if (state === "returning") {
+    if (text === words.prompt) { socket.send(name); return; }
+    const taken = text === "* " + words.taken.replace("{0}", name);
     if (taken && Date.now() < lostAt + NAME_KEPT * 1000) { socket.close(); return; }
-    resuming = false;
+    if (!taken && !text.startsWith("* ") && !find(words.hey, text)) return;  // the banner is no news
+    state = "chatting";
   }
-  const welcome = /^Hey, (\S+)! Hope/.exec(text), renamed = /^\* (\S+) is now known as (\S+)$/.exec(text);
-  if (welcome) { name = welcome[1]; pause = 1; }
+  const hey = find(words.hey, text), renamed = find(words.renamed, text);
+  if (hey) { name = hey[1]; pause = 1; }
   if (renamed && renamed[1] === name) name = renamed[2];
-  if (text === "") banner = false;
-  show(text, banner ? "banner" : kindOf(text));
+  if (state === "banner" && text === "") state = "chatting";
+  show(text, state === "banner" ? "banner" : kindOf(text));
+}
+
+// What stands in `text` for {0} and {1} of `pattern`; null where it is something else.
+function find(pattern, text) {
+  const literally = pattern.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
+  return new RegExp("^" + literally.replace(/\{\d\}/g, "(\\S+)") + "$").exec(text);
 }
 
 function kindOf(text) {
@@ -1875,11 +1864,11 @@ function count() {
   document.title = unread ? `(${unread}) BATCHAT` : "BATCHAT";
 }
 
-function canSay() { return socket.readyState === WebSocket.OPEN && !resuming; }
+function canSay() { return socket.readyState === WebSocket.OPEN && state === "chatting"; }
 
 function say(text) {
-  if (new TextEncoder().encode(text).length > lineLimit) {
-    show(`* A line has at most ${lineLimit} bytes; yours was not sent.`, "notice");
+  if (new TextEncoder().encode(text).length > words.lineLimit) {
+    show(`* A line has at most ${words.lineLimit} bytes; yours was not sent.`, "notice");
     return;
   }
   socket.send(text);
@@ -1888,7 +1877,7 @@ function say(text) {
 
 form.addEventListener("submit", event => {
   event.preventDefault();
-  if (left) { connect(); return; }
+  if (state === "left") { connect(); return; }
   if (!canSay()) return;  // what was typed stays
   say(input.value);
   input.value = "";
@@ -1921,7 +1910,8 @@ PAGE = f"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style>{STYLE}</style>
 <main role="log" aria-label="The chat" aria-live="polite" tabindex="0"
-  data-prompt="{PROMPT}" data-line-limit="{LINE_LIMIT}"></main>
+  data-prompt="{PROMPT}" data-hey="{HEY.strip()}" data-renamed="{RENAMED.strip()}"
+  data-taken="{TAKEN}" data-line-limit="{LINE_LIMIT}"></main>
 <footer>
 <button id="more" type="button" hidden></button>
 <p id="status" role="status"></p>
