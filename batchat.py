@@ -33,9 +33,9 @@ import contextlib
 import enum
 import errno
 import functools
-import io
 import ipaddress
 import logging
+import os
 import re
 import selectors
 import signal
@@ -46,18 +46,15 @@ import time
 import unicodedata
 import urllib.parse
 from base64 import b64decode, b64encode
-from collections import Counter, defaultdict
+from collections import defaultdict
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Tuple, Union, cast
+from typing import Callable, Iterable, NamedTuple, Tuple, Union, cast
 
 try:
     import resource
 except ImportError:  # Windows has no such limits to raise
     resource = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from email.message import Message
 
 __version__ = "1.0.0"
 
@@ -127,6 +124,7 @@ NAME_SECONDS = 120.0  # until a caller must have given a name
 
 WEB_PORT = 1338  # where browsers look for us, if it is free
 HEAD_LIMIT = 8 << 10  # bytes of a request's head
+FIELDS_LIMIT = 100  # in a head
 HEAD_SECONDS = 10.0  # until a browser must have opened a WebSocket
 PING_SECONDS = 30.0  # between signs of life, so that no proxy hangs up on a browser
 
@@ -137,17 +135,24 @@ PATIENCE_SECONDS = 2.0  # for which the room waits for those who are too far beh
 RECOVERY = 0.2  # seconds of patience that come back in a second without waiting
 LOOK_SECONDS = 0.05  # between two looks at them, for the selector tells of them late
 SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
-PRIVATE_LIMIT = 64 << 10  # bytes of private lines unsent, before we stop listening
+WHISPER_LIMIT = 64 << 10  # bytes of private lines unsent, before others may add no more,
+PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # and before we stop listening to one who has so many answers
 
 SEND_BUFFER = 2 << 20  # bytes that the system keeps for a listener; Linux doubles it
 READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starves the rest
-BACKLOG = 1024  # callers that the system lets wait for us
+BACKLOG = 4096  # callers that may wait for us; the system has a limit of its own
 ACCEPT_BATCH = 256  # callers let in a turn
-COMMANDS_A_TOKEN = 64  # commands of telnet or frames of WebSocket that cost as much as a line
+
+# What costs tokens: a line 1, and besides
+BYTES_A_TOKEN = 512  # of whatever is read, be it a line, a command or a frame,
+NAME_TOKENS = 5  # and a name, old or new: all must read of it, and of their quitting
 BURST_SECONDS = 5  # of the permitted rate, that may be sent at once
+ADDRESS_SHARE = 10  # times a person's rate, for all from one address
 
 TICK_SECONDS = 1.0  # between two looks at everybody's time, and at what failed
 CLOSING_SECONDS = 5.0  # for a leaver to take what is owed and to hang up
+TURNED_AWAY_SECONDS = 1.0  # the same, for a caller who was never let in
+LOST_SECONDS = 120.0  # for saying what somebody had sent, when nobody is there any more
 SHUTDOWN_SECONDS = 2.0  # the same, when the room closes
 
 SPARE_DESCRIPTORS = 16  # kept back for our own use
@@ -335,18 +340,16 @@ Event = Union[str, WireEvent]
 class Wire:
     """A protocol without sockets: `feed` it bytes, and take the `next` event.
 
-    `replies` gathers what the protocol itself must answer, and `commands` counts
-    what came that is no text, for it costs us time, too.
+    `replies` gathers what the protocol itself must answer.
     """
 
-    __slots__ = ("commands", "ended", "replies")
+    __slots__ = ("ended", "replies")
 
     PING = b""  # a sign of life
 
     def __init__(self) -> None:
         self.ended = False  # the peer will send no more
         self.replies = b""
-        self.commands = 0
 
     @property
     def opened(self) -> bool:
@@ -465,7 +468,6 @@ class TelnetWire(Wire):
 
     def _obey(self, replies: list[bytes], command: re.Match[bytes]) -> bytes:
         """Answer a telnet command in `replies`; returns what it leaves in the text."""
-        self.commands += 1
         verb, option, inside, simple, begun = command.groups()
         if verb in OPTION_REFUSALS:  # WONT and DONT only say what is so already
             replies.append(OPTION_REFUSALS[verb] + option)
@@ -599,14 +601,16 @@ class Chat:
         self.changed[person] = None
 
     def happen(self, words: str, person: Person, text: str = "") -> None:
-        """Show everyone what a person does, but not their own words to them or who ignores them."""
+        """Show everyone what a person does, but neither their own words to them nor
+        anything of somebody to those who ignore them, until they quit."""
         line = words.format(person.name, text)
         for log in self.logs.values():
             if log.listeners:
                 log.append(log.wire.encode(line))
+        for each in self._ignorers.get(person, ()):
+            each.outbox.skip_newest()
         if words in (SAID, DID):
-            for each in (person, *self._ignorers.get(person, ())):
-                each.outbox.skip_newest()
+            person.outbox.skip_newest()
 
     def ping(self) -> None:
         """Give everyone in the room a sign of life, where their wire has one."""
@@ -743,7 +747,7 @@ class Chat:
         name, text = rest.split(None, 1)
         listener = self._find(name)
         if listener not in self._ignorers.get(person, ()):
-            if listener.outbox.private_bytes > PRIVATE_LIMIT:
+            if listener.outbox.private_bytes > WHISPER_LIMIT:
                 raise Refusal(f"{listener.name} has too much to read; your line was not sent.")
             self.tell(listener, f"[{person.name} -> you] {text}\n")
         self.tell(person, f"[you -> {listener.name}] {text}\n")
@@ -794,29 +798,7 @@ SOCKET_OPTIONS = [
     ]
     if hasattr(socket, name)
 ]
-
-
-class Connection(Person):
-    """A person, and the socket they are at."""
-
-    __slots__ = ("address_group", "full_at", "since", "sock", "watched")
-
-    def __init__(self, sock: socket.socket, origin: str, log: Log, now: float) -> None:
-        super().__init__(origin, log)
-        self.sock = sock
-        self.address_group = ""  # what their address counts as, if it counts
-        self.since = now  # when they called, or began to leave
-        self.full_at = now  # when their token bucket is full again
-        self.watched = 0  # the events that the selector was asked for
-
-    @property
-    def deadline(self) -> float:
-        """When their time in this state is over."""
-        if self.state is CHATTING:
-            return NEVER
-        if self.state is CLOSING:
-            return self.since + CLOSING_SECONDS
-        return self.since + (NAME_SECONDS if self.wire.opened else HEAD_SECONDS)
+ABORT = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # what SO_LINGER takes
 
 
 class Limits(NamedTuple):
@@ -827,6 +809,43 @@ class Limits(NamedTuple):
     max_per_address: int  # connections; 0 is no limit
 
 
+class TokenBucket:
+    """Holds BURST_SECONDS' worth of tokens, and is filled with `rate` tokens a second.
+
+    It may be overdrawn once; then it is empty until that is made up for.
+    """
+
+    __slots__ = ("full_at", "rate")
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate  # 0 is no limit
+        self.full_at = 0.0  # when it is full again
+
+    @property
+    def ready_at(self) -> float:
+        """From when on there is something in it."""
+        return self.full_at - BURST_SECONDS
+
+    def spend(self, tokens: float, now: float) -> None:
+        if self.rate:
+            self.full_at = max(self.full_at, now) + tokens / self.rate
+
+
+class Address:
+    """What is kept of an address, or of an IPv6 /64, which counts as one.
+
+    It is kept until nobody is there and its bucket is full again, so that to
+    come back does not fill it.
+    """
+
+    __slots__ = ("bucket", "connections", "leaving")
+
+    def __init__(self, rate: int) -> None:
+        self.bucket = TokenBucket(ADDRESS_SHARE * rate)
+        self.connections = 0
+        self.leaving: dict[Connection, None] = {}  # of them, who is CLOSING
+
+
 def address_group(host: str) -> str:
     """What a caller's address counts as: itself, an IPv6 /64, or "" for this very box."""
     address = ipaddress.ip_address(host.partition("%")[0])
@@ -835,6 +854,33 @@ def address_group(host: str) -> str:
         return ""
     prefix = 32 if address.version == 4 else 64
     return str(ipaddress.ip_network((address, prefix), strict=False))
+
+
+class Connection(Person):
+    """A person, and the socket they are at."""
+
+    __slots__ = ("address", "bucket", "since", "sock", "turned_away", "unheard", "watched")
+
+    def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
+        super().__init__(origin, log)
+        self.sock = sock
+        self.bucket = TokenBucket(rate)
+        self.address: Address | None = None  # None for who calls from this very box
+        self.turned_away = False
+        self.unheard = b""  # what we have read, but not given to the wire yet
+        self.since = now  # when they called, were lost, or began to leave
+        self.watched = 0  # the events that the selector was asked for
+
+    @property
+    def deadline(self) -> float:
+        """When their time in this state is over."""
+        if self.state is CLOSING:
+            return self.since + (TURNED_AWAY_SECONDS if self.turned_away else CLOSING_SECONDS)
+        if self.outbox.deaf:
+            return self.since + LOST_SECONDS
+        if self.state is CHATTING:
+            return NEVER
+        return self.since + (NAME_SECONDS if self.wire.opened else HEAD_SECONDS)
 
 
 class Reactor:
@@ -859,7 +905,7 @@ class Reactor:
         self.selector = selector or selectors.DefaultSelector()
         self.clock = clock
         self.chat = Chat(doors.values())
-        self.callers: Counter[str] = Counter()  # connections by address group
+        self.addresses: dict[str, Address] = {}  # by address_group
 
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
         self.leaving: dict[Connection, None] = {}  # of them, who is CLOSING
@@ -992,14 +1038,15 @@ class Reactor:
 
     def _mind_the_slow(self) -> None:
         """Hold the room while somebody is too far behind, or drop them when patience is at its end."""
-        for connection in self._too_far_behind():
-            del self.slow[connection]  # ask: of room the selector tells when there is much of it
-            self._guard(self._settle, connection)
-        late = self._too_far_behind()
-        while late and self.patience < LOOK_SECONDS:
-            for connection in late:
+        while True:
+            for connection in self._too_far_behind():
+                del self.slow[connection]  # ask: of room the selector tells when it is much
+                self._guard(self._settle, connection)
+            late = self._too_far_behind()
+            if not late or self.patience >= LOOK_SECONDS:
+                break
+            for connection in late:  # that they quit is said to the others, so look again
                 self._drop(connection, "too far behind")
-            late = self._too_far_behind()  # that they quit was said to the others
         self.held = bool(late)
 
     def _too_far_behind(self) -> list[Connection]:
@@ -1019,6 +1066,11 @@ class Reactor:
         if pings:
             self.ping_at = self.now + PING_SECONDS
             self.chat.ping()
+        for group, address in list(self.addresses.items()):
+            if not address.connections and address.bucket.full_at <= self.now:
+                del self.addresses[group]
+        for connection in list(self.in_line):
+            self._guard(self._look_for_loss, connection)
         for connection in list(self.connections):
             if pings and connection.state is AWAITING_NAME and connection.wire.opened:
                 self.chat.reply(connection, connection.wire.PING)
@@ -1026,8 +1078,8 @@ class Reactor:
                 self._guard(self._time_is_up, connection)
 
     def _time_is_up(self, connection: Connection) -> None:
-        if connection.state is CLOSING:
-            self._forget(connection)
+        if connection.state is CLOSING or connection.outbox.deaf:
+            self._drop(connection, "is gone")
         else:
             self._dismiss(connection, NAMELESS if connection.wire.opened else TOO_SLOW)
             self._settle(connection)
@@ -1065,7 +1117,8 @@ class Reactor:
                 host, port = address[:2]
                 host = host[7:] if host.startswith("::ffff:") else host  # IPv4, at a door for both
                 log = self.chat.logs[self.doors[door]]
-                connection = Connection(sock, f"{host} port {port}", log, self.now)
+                origin = f"{host} port {port}"
+                connection = Connection(sock, origin, log, self.limits.rate, self.now)
                 self.connections[connection] = None
                 self._guard(self._admit, connection, host)
 
@@ -1080,18 +1133,26 @@ class Reactor:
                     raise
         group, limits = address_group(host), self.limits
         if group:
-            connection.address_group = group
-            self.callers[group] += 1
+            address = self.addresses.setdefault(group, Address(limits.rate))
+            address.connections += 1
+            connection.address = address
+            from_there = address.connections - len(address.leaving)
         if len(self.connections) - len(self.leaving) > limits.max_people:
-            self._dismiss(connection, FULL, unavailable=True)
-        elif group and 0 < limits.max_per_address < self.callers[group]:
-            self._dismiss(connection, CROWDED, unavailable=True)
+            self._turn_away(connection, FULL)
+        elif group and 0 < limits.max_per_address < from_there:
+            self._turn_away(connection, CROWDED)
         elif connection.wire.opened:
             self.chat.greet(connection)
         self._settle(connection)
+        # Where too many take leave, the first to whom nothing is owed goes at once.
         if len(self.connections) > limits.max_people + LOBBY:
-            # Somebody who takes leave goes at once: the first to whom nothing is owed.
             self._forget(min(self.leaving, key=lambda each: each.outbox.owes))
+        elif group and 0 < limits.max_per_address < len(address.leaving):
+            self._forget(min(address.leaving, key=lambda each: each.outbox.owes))
+
+    def _turn_away(self, connection: Connection, words: str) -> None:
+        connection.turned_away = True
+        self._dismiss(connection, words, unavailable=True)
 
     def _dismiss(self, connection: Connection, words: str, unavailable: bool = False) -> None:
         """Have somebody leave who has no name yet, and tell them why."""
@@ -1121,20 +1182,26 @@ class Reactor:
         # Our own log stands for all: a line adds about the same to each.
         if self.held or outbox.log.news > TURN_LIMIT or outbox.private_bytes > PRIVATE_LIMIT:
             return NEVER
-        return connection.full_at - BURST_SECONDS if self.limits.rate else self.now
+        if connection.address:
+            return max(connection.bucket.ready_at, connection.address.bucket.ready_at)
+        return connection.bucket.ready_at
+
+    def _charge(self, connection: Connection, tokens: float) -> None:
+        """Have somebody pay for what they made us do, and their address, too."""
+        connection.bucket.spend(tokens, self.now)
+        if connection.address:
+            connection.address.bucket.spend(tokens, self.now)
 
     def _listen_to(self, connection: Connection) -> None:
         """Take the lines that we hold of somebody, and read more where those are all taken."""
-        wire = connection.wire
         all_taken = self._take_lines(connection)
-        if all_taken and not wire.ended:
-            try:
+        if all_taken and not connection.wire.ended:
+            with contextlib.suppress(BlockingIOError):
                 data = connection.sock.recv(READ_SIZE)
-            except BlockingIOError:
-                pass
-            else:
-                if connection.state is not CLOSING or not data:
-                    wire.feed(data)
+                if not data:
+                    connection.wire.feed(data)
+                elif connection.state is not CLOSING:
+                    connection.unheard = data
                 all_taken = self._take_lines(connection)
         self.in_line.pop(connection, None)
         if not all_taken:
@@ -1142,22 +1209,26 @@ class Reactor:
         self.chat.changed[connection] = None
 
     def _take_lines(self, connection: Connection) -> bool:
-        """Handle the lines that we hold of somebody; False where some must wait."""
+        """Handle what we hold of somebody, as far as they can pay; False where some must wait."""
         wire, rate = connection.wire, self.limits.rate
         while connection.state is not CLOSING:
             if self._heard_at(connection) > self.now:
                 return False
-            event = wire.next()
+            event, name = wire.next(), connection.name
             if wire.replies:
                 self.chat.reply(connection, wire.replies)
                 wire.replies = b""
-            if rate:
-                tokens = (event is not None) + wire.commands / COMMANDS_A_TOKEN
-                connection.full_at = max(connection.full_at, self.now) + tokens / rate
-                wire.commands = 0
-            if event is None:
+            if event is not None:
+                self.chat.handle(connection, event)
+                if rate and (event or not connection.outbox.deaf):
+                    self._charge(connection, 1 if connection.name == name else NAME_TOKENS)
+            elif connection.unheard:
+                size = BYTES_A_TOKEN if rate else READ_SIZE
+                data, connection.unheard = connection.unheard[:size], connection.unheard[size:]
+                self._charge(connection, len(data) / BYTES_A_TOKEN)
+                wire.feed(data)
+            else:
                 break
-            self.chat.handle(connection, event)
         return True
 
     def _settle(self, connection: Connection) -> None:
@@ -1173,7 +1244,8 @@ class Reactor:
             if connection not in self.leaving:
                 self.leaving[connection] = None
                 connection.since = self.now
-                self._release_address(connection)
+                if connection.address:
+                    connection.address.leaving[connection] = None
             if not outbox.owes:
                 if ended:
                     self._forget(connection)
@@ -1195,13 +1267,28 @@ class Reactor:
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                # Nobody is there any more, and if somebody were, nothing may follow the gap.
-                # But what they said before may still wait to be read, up to the end.
-                logger.info("%s takes nothing any more: %s", connection.origin, error.strerror)
-                outbox.deafen()
-                self._shut(connection, socket.SHUT_RDWR)
+                self._lose(connection, error)
                 return
         outbox.advance(sent)
+
+    def _look_for_loss(self, connection: Connection) -> None:
+        """See whether somebody has been reset of whom the selector does not tell: who is in line."""
+        error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self._lose(connection, OSError(error, os.strerror(error)))
+            self._settle(connection)
+
+    def _lose(self, connection: Connection, error: OSError) -> None:
+        """Send somebody nothing any more, for nobody is there; or if somebody is, there is a gap.
+
+        What they said before may still wait to be read, up to the end, and is
+        said for LOST_SECONDS.
+        """
+        if not connection.outbox.deaf:
+            logger.info("%s takes nothing any more: %s", connection.origin, error.strerror)
+            connection.since = self.now
+            connection.outbox.deafen()
+            self._shut(connection, socket.SHUT_RDWR)
 
     def _shut(self, connection: Connection, how: int) -> None:
         try:
@@ -1225,10 +1312,13 @@ class Reactor:
         connection.watched = events
 
     def _drop(self, connection: Connection, why: str) -> None:
-        """Lose a connection at once, with all that it is owed."""
+        """End a connection at once, with all that it is owed."""
         if connection in self.connections:
             if connection.state is not CLOSING:
                 self.chat.leave(connection, why)
+            # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
+            with contextlib.suppress(OSError):  # it is gone either way
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
             self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
@@ -1237,20 +1327,14 @@ class Reactor:
         for kept in (self.leaving, self.in_line, self.slow):
             kept.pop(connection, None)
         self.chat.changed.pop(connection, None)
-        self._release_address(connection)
+        if connection.address:
+            connection.address.connections -= 1
+            connection.address.leaving.pop(connection, None)
         if connection.watched:
             with contextlib.suppress(OSError, KeyError):  # closing it will do
                 self.selector.unregister(connection.sock)
         with contextlib.suppress(OSError):  # it is gone either way
             connection.sock.close()
-
-    def _release_address(self, connection: Connection) -> None:
-        """Count a connection no more among those from its address."""
-        group, connection.address_group = connection.address_group, ""
-        if group:
-            self.callers[group] -= 1
-            if not self.callers[group]:
-                del self.callers[group]
 
 
 # --------------------------------------------------------------------------
@@ -1346,9 +1430,72 @@ def opening_line(host: str | None, doors: list[socket.socket]) -> str:
     return line if host else f"{line} (from another box: {socket.gethostname()} for localhost)"
 
 
+class PatientHandler(logging.Handler):
+    """Writes the log to a descriptor, and never waits for whoever should read it.
+
+    What can't be written at once is left out, and counted in the next line that can.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.lost = 0  # lines
+        self.unwritten = b""  # the rest of one that was written in part
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = f"... {self.lost} lines of the log were lost\n" if self.lost else ""
+        line = f"{lost}{self.format(record)}\n".encode("utf-8", "backslashreplace")
+        self.unwritten = self._write(self.unwritten)
+        rest = line if self.unwritten else self._write(line)
+        if rest == line:
+            self.lost += 1
+        else:
+            self.lost, self.unwritten = 0, rest
+
+    def _write(self, data: bytes) -> bytes:
+        """Write what can be written at once; returns the rest."""
+        if not hasattr(os, "set_blocking"):  # Windows before Python 3.12
+            return data[os.write(self.descriptor, data) :]
+        try:
+            # Only for now: a terminal that never blocks would confuse the shell we share it with.
+            blocking = os.get_blocking(self.descriptor)
+            os.set_blocking(self.descriptor, False)
+            try:
+                return data[os.write(self.descriptor, data) :]
+            finally:
+                os.set_blocking(self.descriptor, blocking)
+        except OSError:  # it is full, or nobody will ever read it
+            return data
+
+
+def start_logging(level: int) -> None:
+    """Log to standard error; with the time, unless it is systemd's journal, which has its own."""
+    if sys.stderr is None:
+        logger.addHandler(logging.NullHandler())  # its descriptor may be anybody's socket by now
+        return
+    handler = PatientHandler(sys.stderr.fileno())
+    found = os.fstat(handler.descriptor)
+    journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    time_and_words = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(logging.Formatter("%(message)s") if journal else time_and_words)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def announce(line: str) -> None:
+    """Write a line to standard output, or to the log where that can't be written to."""
+    try:
+        # Not print(), which tries again at the end to write what it could not, and fails.
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+    except (OSError, AttributeError):  # a closed pipe, a full disk; None, if closed from the start
+        logger.info("%s", line)
+
+
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C and SIGTERM close the room; the second of them ends it at once."""
-    signals = (signal.SIGINT, signal.SIGTERM)
+    """Have Ctrl-C, SIGTERM and a closed terminal close the room; the second ends it at once."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # which nohup has us ignore
     ours, pythons = socket.socketpair()
     for end in (ours, pythons):
         end.setblocking(False)
@@ -1375,11 +1522,7 @@ def stop_on_signals(reactor: Reactor) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server; returns the exit status."""
     options = parse_options(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-    )
+    start_logging(logging.DEBUG if options.verbose else logging.INFO)
     most = raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY
     if most < 1:
         print("batchat: too few descriptors are allowed; see ulimit -n", file=sys.stderr)
@@ -1401,7 +1544,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     reactor = Reactor(doors, limits)
     stop_on_signals(reactor)
-    print(opening_line(host, list(doors)), flush=True)
+    announce(opening_line(host, list(doors)))
     return 0 if reactor.run() else 1
 
 
@@ -1409,9 +1552,12 @@ def main(arguments: list[str] | None = None) -> int:
 # 8. The browser
 # --------------------------------------------------------------------------
 
-# A request's head and its first line (RFC 9112, sections 2.2 and 3).
+# A request's head, its first line and its fields (RFC 9112, sections 2.2, 3 and 5).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/1\.(\d)\r?")
+LINE_BREAK = re.compile(r"\r?\n")
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/1\.(\d)")
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+CONTROL = re.compile(r"[\0-\x08\n-\x1f\x7f]")  # all but HTAB
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 WEBSOCKET_VERSION = "13"
 
@@ -1449,24 +1595,37 @@ def digest(algorithm: str, text: str) -> str:
     return b64encode(hashlib.new(algorithm, text.encode()).digest()).decode()
 
 
+def parse_fields(lines: list[str]) -> dict[str, str]:
+    """The fields of a head by their names in lower case (RFC 9112, section 5); raises HTTPError."""
+    if len(lines) > FIELDS_LIMIT:
+        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not TOKEN.fullmatch(name) or CONTROL.search(value):
+            raise HTTPError(HTTPStatus.BAD_REQUEST)
+        name, value = name.lower(), value.strip(" \t")
+        if name in fields:
+            if name in ("host", "content-length"):
+                raise HTTPError(HTTPStatus.BAD_REQUEST)
+            value = f"{fields[name]}, {value}"  # RFC 9110, section 5.3
+        fields[name] = value
+    return fields
+
+
 def answer(request: bytes) -> tuple[bytes, bool]:
     """What to answer to a request's head, and whether it opens a WebSocket; raises HTTPError."""
-    import http.client  # here, for it takes 5 MB that telnet alone does not need
-
-    line, _, rest = request.partition(b"\n")
-    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    line, *lines = LINE_BREAK.split(request.decode("latin-1"))[:-2]
+    found = REQUEST_LINE.fullmatch(line)
     if not found:
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     method, target, minor = found.groups()
+    fields = parse_fields(lines)
     try:
-        headers = http.client.parse_headers(io.BytesIO(rest))
         path = urllib.parse.urlsplit(target).path
-    except http.client.HTTPException:  # more than a hundred
-        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE) from None
     except ValueError:
         raise HTTPError(HTTPStatus.BAD_REQUEST) from None
-    hosts = headers.get_all("Host", [])
-    if headers.defects or len(hosts) > 1 or (not hosts and minor != "0"):
+    if "host" not in fields and minor != "0":
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     if path not in ("/", "/hello", "/chat"):
         raise HTTPError(HTTPStatus.NOT_FOUND)
@@ -1478,20 +1637,20 @@ def answer(request: bytes) -> tuple[bytes, bool]:
         return respond(HTTPStatus.OK, "plain", HELLO), False
     if minor == "0":  # which knows no upgrades
         raise HTTPError(HTTPStatus.BAD_REQUEST)
-    return upgrade(method, headers), True
+    return upgrade(method, fields), True
 
 
-def upgrade(method: str, headers: Message) -> bytes:
+def upgrade(method: str, fields: dict[str, str]) -> bytes:
     """The answer that opens a WebSocket (RFC 6455, section 4.2); raises HTTPError."""
 
     def tokens(name: str) -> list[str]:
-        return [token.strip().lower() for token in ",".join(headers.get_all(name, [])).split(",")]
+        return [token.strip().lower() for token in fields.get(name, "").split(",")]
 
-    if "websocket" not in tokens("Upgrade") or "upgrade" not in tokens("Connection"):
+    if "websocket" not in tokens("upgrade") or "upgrade" not in tokens("connection"):
         raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, "Upgrade: websocket", "Connection: Upgrade")
-    if headers.get("Sec-WebSocket-Version", "").strip() != WEBSOCKET_VERSION:
+    if fields.get("sec-websocket-version") != WEBSOCKET_VERSION:
         raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}")
-    key = headers.get("Sec-WebSocket-Key", "").strip()
+    key = fields.get("sec-websocket-key", "")
     try:
         good_key = len(b64decode(key, validate=True)) == 16
     except ValueError:
@@ -1499,9 +1658,8 @@ def upgrade(method: str, headers: Message) -> bytes:
     if not good_key or method != "GET":
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     # Another site's page may open a WebSocket to us, but it can't lie about its origin.
-    origin = headers.get("Origin")
-    host = headers["Host"].strip().lower()
-    if origin is not None and origin.strip().lower().partition("://")[2] != host:
+    origin, host = fields.get("origin"), fields["host"].lower()
+    if origin is not None and origin.lower().partition("://")[2] != host:
         raise HTTPError(HTTPStatus.FORBIDDEN)
     accept = digest("sha1", key + WEBSOCKET_GUID)
     return (
@@ -1706,7 +1864,6 @@ class WebWire(Wire):
             raise FrameError(CloseCode.TOO_BIG)
         if here < head + 4 + size:
             return False
-        self.commands += 1
         start = at + head + 4
         self._at = start + size
         payload = unmask(data[start : self._at], data[start - 4 : start])
