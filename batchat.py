@@ -141,7 +141,8 @@ PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # and before we stop listening to one who has
 SEND_BUFFER = 2 << 20  # bytes that the system keeps for a listener; Linux doubles it
 READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starves the rest
 BACKLOG = 4096  # callers that may wait for us; the system has a limit of its own
-ACCEPT_BATCH = 256  # callers let in a turn
+ACCEPT_BATCH = 64  # callers let in a turn
+LISTEN_SECONDS = 0.05  # for listening in a turn; who is not heard by then keeps their place
 
 # What costs tokens: a line 1, and besides
 BYTES_A_TOKEN = 512  # of whatever is read, be it a line, a command or a frame,
@@ -968,10 +969,10 @@ class Reactor:
         for log in self.chat.logs.values():
             self._send_news(log)
         self._settle_changed()
-        self._mind_the_slow()
-        self._trim()
         if self.now >= self.tick_at:
             self._tick()
+        self._mind_the_slow()
+        self._trim()
 
     def _idle_seconds(self) -> float:
         """How long the selector may wait."""
@@ -1002,7 +1003,10 @@ class Reactor:
 
     def _listen(self) -> None:
         """Listen to those in line who may be heard now; the others keep their place."""
+        until = self.clock() + LISTEN_SECONDS
         for connection in list(self.in_line):
+            if self.clock() > until:
+                return
             if connection in self.in_line and self._heard_at(connection) <= self.now:
                 self._guard(self._listen_to, connection)
 
@@ -1125,12 +1129,6 @@ class Reactor:
     def _admit(self, connection: Connection, host: str) -> None:
         """Greet a caller, or tell them why they can't come in."""
         connection.sock.setblocking(False)
-        for option in SOCKET_OPTIONS:
-            try:
-                connection.sock.setsockopt(*option)
-            except OSError as error:
-                if error.errno != errno.ENOPROTOOPT:  # a kernel that does not know it does without
-                    raise
         group, limits = address_group(host), self.limits
         if group:
             address = self.addresses.setdefault(group, Address(limits.rate))
@@ -1141,14 +1139,24 @@ class Reactor:
             self._turn_away(connection, FULL)
         elif group and 0 < limits.max_per_address < from_there:
             self._turn_away(connection, CROWDED)
-        elif connection.wire.opened:
-            self.chat.greet(connection)
+        else:
+            self._set_options(connection.sock)
+            if connection.wire.opened:
+                self.chat.greet(connection)
         self._settle(connection)
         # Where too many take leave, the first to whom nothing is owed goes at once.
         if len(self.connections) > limits.max_people + LOBBY:
             self._forget(min(self.leaving, key=lambda each: each.outbox.owes))
         elif group and 0 < limits.max_per_address < len(address.leaving):
             self._forget(min(address.leaving, key=lambda each: each.outbox.owes))
+
+    def _set_options(self, sock: socket.socket) -> None:
+        for option in SOCKET_OPTIONS:
+            try:
+                sock.setsockopt(*option)
+            except OSError as error:
+                if error.errno != errno.ENOPROTOOPT:  # a kernel that does not know it does without
+                    raise
 
     def _turn_away(self, connection: Connection, words: str) -> None:
         connection.turned_away = True
@@ -1209,8 +1217,13 @@ class Reactor:
         self.chat.changed[connection] = None
 
     def _take_lines(self, connection: Connection) -> bool:
-        """Handle what we hold of somebody, as far as they can pay; False where some must wait."""
+        """Handle what we hold of somebody, as far as they can pay; False where some must wait.
+
+        At a time it gives the wire no more than a token buys, or all, where there
+        is no limit: so that those who send what is laborious do not keep the rest.
+        """
         wire, rate = connection.wire, self.limits.rate
+        helping = BYTES_A_TOKEN if rate else READ_SIZE
         while connection.state is not CLOSING:
             if self._heard_at(connection) > self.now:
                 return False
@@ -1222,13 +1235,16 @@ class Reactor:
                 self.chat.handle(connection, event)
                 if rate and (event or not connection.outbox.deaf):
                     self._charge(connection, 1 if connection.name == name else NAME_TOKENS)
-            elif connection.unheard:
-                size = BYTES_A_TOKEN if rate else READ_SIZE
-                data, connection.unheard = connection.unheard[:size], connection.unheard[size:]
+            elif not connection.unheard:
+                break
+            elif not helping:
+                return False
+            else:
+                data = connection.unheard[:helping]
+                connection.unheard = connection.unheard[helping:]
                 self._charge(connection, len(data) / BYTES_A_TOKEN)
                 wire.feed(data)
-            else:
-                break
+                helping = 0
         return True
 
     def _settle(self, connection: Connection) -> None:
@@ -1285,7 +1301,8 @@ class Reactor:
         said for LOST_SECONDS.
         """
         if not connection.outbox.deaf:
-            logger.info("%s takes nothing any more: %s", connection.origin, error.strerror)
+            level = logging.INFO if connection.state is CHATTING else logging.DEBUG
+            logger.log(level, "%s takes nothing any more: %s", connection.origin, error.strerror)
             connection.since = self.now
             connection.outbox.deafen()
             self._shut(connection, socket.SHUT_RDWR)
@@ -1625,7 +1642,7 @@ def answer(request: bytes) -> tuple[bytes, bool]:
         path = urllib.parse.urlsplit(target).path
     except ValueError:
         raise HTTPError(HTTPStatus.BAD_REQUEST) from None
-    if "host" not in fields and minor != "0":
+    if not fields.get("host") and minor != "0":
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     if path not in ("/", "/hello", "/chat"):
         raise HTTPError(HTTPStatus.NOT_FOUND)
@@ -1659,7 +1676,7 @@ def upgrade(method: str, fields: dict[str, str]) -> bytes:
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     # Another site's page may open a WebSocket to us, but it can't lie about its origin.
     origin, host = fields.get("origin"), fields["host"].lower()
-    if origin is not None and origin.lower().partition("://")[2] != host:
+    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
         raise HTTPError(HTTPStatus.FORBIDDEN)
     accept = digest("sha1", key + WEBSOCKET_GUID)
     return (

@@ -733,6 +733,7 @@ class Peer:
         self.why = ""  # why they were let go, if they did not ask for it
         self.waits_since = NEVER  # since when they could have been read, but were not
         self.waits_turns = 0
+        self.untaken = 0  # bytes that arrived and were not given to their wire yet
         self.looked_at = 0  # how much of what they got a test has seen
 
     # For tests that tell a short story
@@ -1162,10 +1163,14 @@ class World:
         self.turns += 1
         self.pass_by(self.drift)
         self.woken = False
-        self.was_held, self.before = self.reactor.held, self.work
+        self.was_held, self.before = self.reactor.held, self.progress()
+
+    def progress(self) -> tuple[int, int]:
+        """What changes in every turn that does something."""
+        return self.work, sum(len(each.unheard) for each in self.reactor.connections)
 
     def after_turn(self) -> None:
-        if self.work > self.before or self.woken:
+        if self.progress() != self.before or self.woken:
             self.idle_turns.clear()
         else:
             self.idle_turns.append(self.now)
@@ -1435,7 +1440,10 @@ class World:
             "naming": batchat.NAME_SECONDS - peer.since + peer.arrived_at,
             "left": batchat.CLOSING_SECONDS,
         }.get(peer.stage, NEVER)
-        assert not self.is_late(seconds + batchat.TICK_SECONDS + 0.1, peer.since), "out of time"
+        since = peer.since
+        if sock.error_seen and peer.stage != "left":
+            seconds, since = batchat.LOST_SECONDS, sock.lost_since
+        assert not self.is_late(seconds + batchat.TICK_SECONDS + 0.1, since), "out of time"
         key = self.selector.keys.get(sock)
         events = key.events if key else 0
         reads, writes = events & selectors.EVENT_READ, events & selectors.EVENT_WRITE
@@ -1454,7 +1462,8 @@ class World:
             self.reaches("paced")
         to_read = far.arrived or ((far.ended or far.broken) and not sock.end_seen)
         assert reads or connection in reactor.in_line or sock.end_seen, "nobody listens to them"
-        if to_read and not (too_private or no_token) and far.read_in < self.turns:
+        before, peer.untaken = peer.untaken, len(far.arrived) + len(connection.unheard)
+        if to_read and not (too_private or no_token) and peer.untaken >= before > 0:
             peer.waits_since = min(peer.waits_since, self.now)
             peer.waits_turns += not (self.was_held or reactor.held)
             # Each of those in line may say all that goes into one turn.
@@ -2148,6 +2157,11 @@ class Unread:
         self.kind = kind
         self.seen = b""
 
+    def has_room(self) -> bool:
+        with selectors.SelectSelector() as selector:
+            selector.register(self.writer, selectors.EVENT_WRITE)
+            return bool(selector.select(0))
+
     def read(self) -> bytes:
         """All that was ever written."""
         if self.kind == "terminal":
@@ -2168,14 +2182,20 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_what_it_lost_is_counted(kin
     place = Unread(kind)
     with contextlib.closing(place), Server("--rate", "0", "-v", stderr=place.writer) as server:
         mike = server.join("mike")
-        for _ in range(1500):
-            server.call().sock.close()  # each of whom is logged
-        mike.types("/who")
-        mike.reads("* 1 here: mike\n")
+
+        def is_full() -> bool:
+            for _ in range(200):
+                server.call().sock.close()  # each of whom is logged
+            return not place.has_room()
 
         def is_told() -> bool:
             server.call().sock.close()
             return b" lines of the log were lost" in place.read()
+
+        wait_until(is_full)
+        is_full()
+        mike.types("/who")
+        mike.reads("* 1 here: mike\n")
 
         wait_until(is_told)
         server.process.terminate()
@@ -2191,9 +2211,21 @@ def test_where_the_log_goes_to_the_journal_it_has_no_time_of_its_own(tmp_path):
         ]:
             env = {**os.environ, "JOURNAL_STREAM": stream}
             with Server(stderr=journal, env=env) as server:
-                server.join("mike")
+                _mike = server.join("mike")
                 line = (tmp_path / "journal").read_text().splitlines()[-1]
                 assert re.fullmatch(pattern, line)
+
+
+def test_callers_who_never_joined_leave_no_line_in_the_log_without_v():
+    with Server() as server:
+        for _ in range(50):
+            with server.call().sock as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        _mike = server.join("mike")
+        server.process.kill()
+        log = server.ends()[1].splitlines()
+        assert len(log) == 1
+        assert "mike joined" in log[0]
 
 
 # --------------------------------------------------------------------------
@@ -2378,6 +2410,20 @@ def test_what_others_whisper_to_somebody_does_not_silence_them(worlds):
     world.waits(0.1)
     assert "<mike> help!\n" in ann.reads()
     assert "* mike has too much to read; your line was not sent.\n" in trolls[-1].reads()
+
+
+def test_nobody_is_listened_to_for_more_than_a_token_before_it_is_the_next_ones_turn(worlds):
+    world = worlds(rate=10)
+    ann, vandals = world.joins("ann"), [world.joins(f"v{n}") for n in range(20)]
+    world.waits(60.0)
+    for each in vandals:
+        each.far.type(b"\xff\xf6" * 4096)
+    world.turn(1, 0, BOUNDLESS)
+    assert {len(each.connection.unheard) for each in vandals} == {8192 - batchat.BYTES_A_TOKEN}
+    ann.types("/me waves")
+    world.turn(1, 0, BOUNDLESS)
+    assert {len(each.connection.unheard) for each in vandals} == {8192 - 2 * batchat.BYTES_A_TOKEN}
+    assert all("** ann waves" in each.reads() for each in vandals)
 
 
 # --------------------------------------------------------------------------
@@ -3231,7 +3277,8 @@ def test_a_web_request_is_no_name_and_nothing_of_it_is_a_message(room, line):
     [
         *[(101, [{"Origin": origin}]) for origin in (None, " https://CHAT.example:1338 ")],
         *[(403, [{"Origin": f"http://{host}"}]) for host in ("evil.example", "chat.example")],
-        *[(403, [{"Origin": origin}]) for origin in ("null", "")],
+        *[(403, [{"Origin": it}]) for it in ("null", "", "evil://chat.example:1338")],
+        (400, [{"Host": "", "Origin": "null"}]),
         (101, [{"Upgrade": "h2c, WebSocket", "Connection": "upgrade"}]),
         *[(426, [{"Upgrade": None}]), (426, [{"Connection": "keep-alive"}])],
         (101, [{"Sec-WebSocket-Version": "13 "}]),
