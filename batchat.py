@@ -198,7 +198,7 @@ class Log:
     @property
     def news(self) -> int:
         """Bytes that no listener was offered yet."""
-        return self.start + len(self.data) - self.offered
+        return self.end - self.offered
 
     def append(self, data: bytes) -> None:
         self.newest = self.end
@@ -725,7 +725,7 @@ class Chat:
     # The commands
 
     def _command(self, person: Person, line: str) -> None:
-        command, _, rest = line.partition(" ")
+        command, rest = [*line.split(None, 1), ""][:2]
         command, rest = command.lower(), rest.strip()
         if command not in COMMANDS:
             raise Refusal(f"There is no command {command}; /help shows those there are.")
@@ -912,7 +912,8 @@ class Reactor:
         self.leaving: dict[Connection, None] = {}  # of them, who is CLOSING
         # Who has said what we have not taken yet, whoever waits longest first.
         self.in_line: dict[Connection, None] = {}
-        self.slow: dict[Connection, None] = {}  # whose socket did not take all that they are owed
+        # Whose socket did not take all that they are owed: no send is tried while they are here.
+        self.slow: dict[Connection, None] = {}
 
         self.patience = PATIENCE_SECONDS  # seconds for which the room may still be held
         self.held = False  # nobody is listened to, for somebody is too far behind
@@ -1007,7 +1008,7 @@ class Reactor:
         for connection in list(self.in_line):
             if self.clock() > until:
                 return
-            if connection in self.in_line and self._heard_at(connection) <= self.now:
+            if self._heard_at(connection) <= self.now:
                 self._guard(self._listen_to, connection)
 
     def _send_news(self, log: Log) -> None:
@@ -1044,7 +1045,8 @@ class Reactor:
         """Hold the room while somebody is too far behind, or drop them when patience is at its end."""
         while True:
             for connection in self._too_far_behind():
-                del self.slow[connection]  # ask: of room the selector tells when it is much
+                # Try to send now: the selector tells of room only when there is much of it.
+                del self.slow[connection]
                 self._guard(self._settle, connection)
             late = self._too_far_behind()
             if not late or self.patience >= LOOK_SECONDS:
@@ -1217,7 +1219,8 @@ class Reactor:
         self.chat.changed[connection] = None
 
     def _take_lines(self, connection: Connection) -> bool:
-        """Handle what we hold of somebody, as far as they can pay; False where some must wait.
+        """Handle what we hold of somebody, as far as they can pay; False where no more may be
+        read until that is done.
 
         At a time it gives the wire no more than a token buys, or all, where there
         is no limit: so that those who send what is laborious do not keep the rest.
@@ -1233,7 +1236,8 @@ class Reactor:
                 wire.replies = b""
             if event is not None:
                 self.chat.handle(connection, event)
-                if rate and (event or not connection.outbox.deaf):
+                # Blank lines are free for who is lost, or they would hold a name for nothing.
+                if event or not connection.outbox.deaf:
                     self._charge(connection, 1 if connection.name == name else NAME_TOKENS)
             elif not connection.unheard:
                 break
@@ -1450,7 +1454,7 @@ def opening_line(host: str | None, doors: list[socket.socket]) -> str:
 class PatientHandler(logging.Handler):
     """Writes the log to a descriptor, and never waits for whoever should read it.
 
-    What can't be written at once is left out, and counted in the next line that can.
+    (On Windows it may have to wait.)  What can't be written at once is left out, and counted in the next line that can.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -1462,7 +1466,8 @@ class PatientHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         lost = f"... {self.lost} lines of the log were lost\n" if self.lost else ""
         line = f"{lost}{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        self.unwritten = self._write(self.unwritten)
+        if self.unwritten:
+            self.unwritten = self._write(self.unwritten)
         rest = line if self.unwritten else self._write(line)
         if rest == line:
             self.lost += 1
@@ -1471,9 +1476,9 @@ class PatientHandler(logging.Handler):
 
     def _write(self, data: bytes) -> bytes:
         """Write what can be written at once; returns the rest."""
-        if not hasattr(os, "set_blocking"):  # Windows before Python 3.12
-            return data[os.write(self.descriptor, data) :]
         try:
+            if os.name == "nt":  # where a console can't be asked not to block
+                return data[os.write(self.descriptor, data) :]
             # Only for now: a terminal that never blocks would confuse the shell we share it with.
             blocking = os.get_blocking(self.descriptor)
             os.set_blocking(self.descriptor, False)
@@ -1509,10 +1514,8 @@ def announce(line: str) -> None:
 
 
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM and a closed terminal close the room; the second ends it at once."""
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals.append(signal.SIGHUP)  # which nohup has us ignore
+    """Have Ctrl-C, SIGTERM or a closed terminal close the room; Ctrl-C or SIGTERM again ends it."""
+    signals = (signal.SIGINT, signal.SIGTERM)
     ours, pythons = socket.socketpair()
     for end in (ours, pythons):
         end.setblocking(False)
@@ -1533,6 +1536,9 @@ def stop_on_signals(reactor: Reactor) -> None:
 
     for each in signals:
         signal.signal(each, on_signal)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        # nohup has us ignore it; else it may come twice, from the shell and from the system.
+        signal.signal(signal.SIGHUP, lambda signum, frame: None)  # the wakeup will do
     reactor.selector.register(ours, READ, on_wakeup)
 
 
