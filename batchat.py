@@ -153,8 +153,8 @@ ADDRESS_SHARE = 10  # times a person's rate, for all from one address
 TICK_SECONDS = 1.0  # between two looks at everybody's time, and at what failed
 CLOSING_SECONDS = 5.0  # for a leaver to take what is owed and to hang up
 TURNED_AWAY_SECONDS = 1.0  # the same, for a caller who was never let in
-LOST_SECONDS = 120.0  # for saying what somebody had sent, when nobody is there any more
 SHUTDOWN_SECONDS = 2.0  # the same, when the room closes
+LOST_SECONDS = 120.0  # for saying what somebody had sent, when nobody is there any more
 
 SPARE_DESCRIPTORS = 16  # kept back for our own use
 LOBBY = 16  # descriptors kept back for telling callers that the house is full
@@ -459,7 +459,8 @@ class TelnetWire(Wire):
             return
         for key in (CTRL_C, CTRL_D):
             data, pressed, _ = data.partition(key)
-            self._over = self._over or bool(pressed)
+            if pressed:
+                self._over = True
         if self._after_cr and data[:1] in (b"\n", b"\0"):
             data = data[1:]
         self._after_cr = data.endswith(b"\r")
@@ -652,7 +653,8 @@ class Chat:
         """
         if person.state is CHATTING:
             del self.people[name_key(person.name)]
-            self._quit_hearing(person)
+            person.outbox.log.listeners.pop(person, None)
+            person.outbox.leave()
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
@@ -664,14 +666,10 @@ class Chat:
         person.state = CLOSING
         self.reply(person, person.wire.close(words, unavailable))
 
-    def _quit_hearing(self, person: Person) -> None:
-        person.outbox.log.listeners.pop(person, None)
-        person.outbox.leave()
-
     def close(self, everyone: Iterable[Person]) -> None:
         """Let everyone go; nobody reads that the others went."""
-        for person in self.people.values():
-            self._quit_hearing(person)
+        for log in self.logs.values():
+            log.listeners.clear()
         for person in everyone:
             if person.state is not CLOSING:
                 self.leave(person, "the room closes", SHUTDOWN, unavailable=True)
@@ -816,20 +814,20 @@ class TokenBucket:
     It may be overdrawn once; then it is empty until that is made up for.
     """
 
-    __slots__ = ("full_at", "rate")
+    __slots__ = ("rate", "ready_at")
 
     def __init__(self, rate: int) -> None:
         self.rate = rate  # 0 is no limit
-        self.full_at = 0.0  # when it is full again
+        self.ready_at: float = -BURST_SECONDS  # from when on there is something in it
 
     @property
-    def ready_at(self) -> float:
-        """From when on there is something in it."""
-        return self.full_at - BURST_SECONDS
+    def full_at(self) -> float:
+        """From when on it is full."""
+        return self.ready_at + BURST_SECONDS
 
     def spend(self, tokens: float, now: float) -> None:
         if self.rate:
-            self.full_at = max(self.full_at, now) + tokens / self.rate
+            self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
 
 
 class Address:
@@ -1078,8 +1076,9 @@ class Reactor:
         for connection in list(self.in_line):
             self._guard(self._look_for_loss, connection)
         for connection in list(self.connections):
-            if pings and connection.state is AWAITING_NAME and connection.wire.opened:
-                self.chat.reply(connection, connection.wire.PING)
+            wire = connection.wire
+            if pings and wire.PING and wire.opened and connection.state is AWAITING_NAME:
+                self.chat.reply(connection, wire.PING)
             if self.now >= connection.deadline:
                 self._guard(self._time_is_up, connection)
 
@@ -1133,7 +1132,9 @@ class Reactor:
         connection.sock.setblocking(False)
         group, limits = address_group(host), self.limits
         if group:
-            address = self.addresses.setdefault(group, Address(limits.rate))
+            if group not in self.addresses:
+                self.addresses[group] = Address(limits.rate)
+            address = self.addresses[group]
             address.connections += 1
             connection.address = address
             from_there = address.connections - len(address.leaving)
@@ -1237,7 +1238,7 @@ class Reactor:
             if event is not None:
                 self.chat.handle(connection, event)
                 # Blank lines are free for who is lost, or they would hold a name for nothing.
-                if event or not connection.outbox.deaf:
+                if rate and (event or not connection.outbox.deaf):
                     self._charge(connection, 1 if connection.name == name else NAME_TOKENS)
             elif not connection.unheard:
                 break
@@ -1454,7 +1455,8 @@ def opening_line(host: str | None, doors: list[socket.socket]) -> str:
 class PatientHandler(logging.Handler):
     """Writes the log to a descriptor, and never waits for whoever should read it.
 
-    (On Windows it may have to wait.)  What can't be written at once is left out, and counted in the next line that can.
+    What can't be written at once is left out, and counted in the next line that
+    can.  (On Windows it may have to wait.)
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -1578,8 +1580,8 @@ def main(arguments: list[str] | None = None) -> int:
 # A request's head, its first line and its fields (RFC 9112, sections 2.2, 3 and 5).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 LINE_BREAK = re.compile(r"\r?\n")
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/1\.(\d)")
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) (\S+) HTTP/1\.(\d)")
 CONTROL = re.compile(r"[\0-\x08\n-\x1f\x7f]")  # all but HTAB
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 WEBSOCKET_VERSION = "13"

@@ -530,8 +530,6 @@ def jonny(chromium):
 SMALL = """LINE_LIMIT=100 WINDOW=4096 TOO_FAR_BEHIND=2048 TURN_LIMIT=2048 SPLICE_SIZE=16
     WHISPER_LIMIT=512 PRIVATE_LIMIT=1024 READ_SIZE=4096 ACCEPT_BATCH=2 LOBBY=2 BYTES_A_TOKEN=128"""
 SMALL_LIMITS = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", SMALL)}
-
-
 FULL, CROWDED, NAMELESS, TOO_SLOW = DISMISSALS = [
     getattr(batchat, name).strip("* \n") for name in ["FULL", "CROWDED", "NAMELESS", "TOO_SLOW"]
 ]
@@ -544,8 +542,6 @@ CALLS = [
     *("setblocking", "setsockopt", "getsockopt", "register", "modify", "unregister"),
     *("recv", "shutdown", "close"),
 ]
-
-
 OURS = -1  # the errno of what is no error of the system's
 
 
@@ -1072,10 +1068,6 @@ class World:
         peer.types(name)
         return peer
 
-    def turns_once(self, segment: int = BOUNDLESS) -> None:
-        self.budget, self.segment = 0.0, segment
-        self.reactor.turn()
-
     def waits(self, seconds: float = 0.01) -> None:
         """Let so much time pass; the server does all that is to be done until then."""
         self.budget, self.segment = seconds, BOUNDLESS
@@ -1108,7 +1100,7 @@ class World:
         self.doors[wire].fails_until = self.now + seconds
         self.faults += 1
 
-    def turn(self, times: int, rotation: int, segment: int) -> None:
+    def turn(self, times: int = 1, rotation: int = 0, segment: int = BOUNDLESS) -> None:
         self.rotation, self.segment = rotation, segment
         for _ in range(times):
             self.budget = 0.0
@@ -2418,10 +2410,10 @@ def test_nobody_is_listened_to_for_more_than_a_token_before_it_is_the_next_ones_
     world.waits(60.0)
     for each in vandals:
         each.far.type(b"\xff\xf6" * 4096)
-    world.turn(1, 0, BOUNDLESS)
+    world.turn()
     assert {len(each.connection.unheard) for each in vandals} == {8192 - batchat.BYTES_A_TOKEN}
     ann.types("/me waves")
-    world.turn(1, 0, BOUNDLESS)
+    world.turn()
     assert {len(each.connection.unheard) for each in vandals} == {8192 - 2 * batchat.BYTES_A_TOKEN}
     assert all("** ann waves" in each.reads() for each in vandals)
 
@@ -2571,7 +2563,7 @@ def test_a_slow_listener_costs_no_system_call_a_line(worlds):
     slow.sock.send = mock.Mock(side_effect=slow.sock.send)
     for _ in range(100):
         talker.types("x")
-        world.turns_once()
+        world.turn()
     assert slow.sock.send.call_count <= 2
 
 
@@ -3173,7 +3165,7 @@ def test_who_can_not_be_sent_to_may_still_join_and_say_what_they_had_sent(worlds
     world.waits()
     mike.far.send_error, mike.far.sends_to_fail = errno.ENOBUFS, BOUNDLESS
     mike.types("a b", "mike")
-    world.turns_once(segment=5)  # the refusal of the first name can't be sent
+    world.turn(segment=5)  # the refusal of the first name can't be sent
     ann.types("hello")
     world.waits()
     assert names(world) == ["ann"]
@@ -3503,6 +3495,25 @@ SLOW_LISTENERS = [
     *[("joins", "cy"), ("turn", 2, 0, BOUNDLESS)],
     *[("floods", 1, "x" * 80, 0, 0, 0), ("waits", 6.0)],
 ]
+# Each call fails for somebody: who calls, stalls, talks beyond their measure, and leaves.
+FAILING_CALLS = [
+    step
+    for call in CALLS
+    for step in [
+        ("joins", "ann", TelnetWire, "127.0.0.1", 1),
+        ("call_fails", 0, call, errno.ENOMEM),
+        ("turn", 2, 0, BOUNDLESS),
+        ("takes", 0, 0, 0),
+        ("says", 0, "/who", 1),
+        ("turn", 2, 0, BOUNDLESS),
+        ("takes", 0, BOUNDLESS, 0),
+        ("says", 0, "x" * 80, 70),
+        ("waits", 31.0),
+        ("says", 0, "/quit", 1),
+        ("ends", 0),
+        ("waits", 6.0),
+    ]
+]
 
 
 def test_whatever_the_network_does_everyone_reads_all_that_they_must_and_nothing_else():
@@ -3510,6 +3521,7 @@ def test_whatever_the_network_does_everyone_reads_all_that_they_must_and_nothing
 
     @settings(max_examples=1000)
     @example((Limits(0, 9, 0), 0.0, SLOW_LISTENERS, "all hang up"))
+    @example((Limits(10, 9, 0), 0.0, FAILING_CALLS, "all hang up"))
     @given(WORLDS)
     def runs(how):
         reached.update(simulate(*how).reached)
