@@ -140,6 +140,7 @@ PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # and before we stop listening to one who has
 
 SEND_BUFFER = 2 << 20  # bytes that the system keeps for a listener; Linux doubles it
 READ_SIZE = 16 << 10  # bytes taken from one socket a turn, so that nobody starves the rest
+READ_AHEAD = 64 << 10  # bytes read of somebody whom we can't listen to yet
 BACKLOG = 4096  # callers that may wait for us; the system has a limit of its own
 ACCEPT_BATCH = 64  # callers let in a turn
 LISTEN_SECONDS = 0.05  # for listening in a turn; who is not heard by then keeps their place
@@ -349,7 +350,7 @@ class Wire:
     PING = b""  # a sign of life
 
     def __init__(self) -> None:
-        self.ended = False  # the peer will send no more
+        self.ended = False  # nothing more will be fed
         self.replies = b""
 
     @property
@@ -370,6 +371,13 @@ class Wire:
         """The next line or event; None where more must be read first."""
         raise NotImplementedError
 
+    def interrupted(self, ahead: bytes) -> bool:
+        """Whether they want to leave at once, as `ahead` says, which was read but is not fed yet.
+
+        If so, it is done: all that came before is thrown away, and LEAVE comes next.
+        """
+        return False
+
     def close(self, words: str, unavailable: bool) -> bytes:
         """The last bytes: `words`, and a goodbye where the protocol has one.
 
@@ -378,8 +386,16 @@ class Wire:
         return self.encode(words)
 
 
+# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC), be they whole or not.
+ESCAPE = re.compile(
+    r"""(?: \x1b\[ | \x9b ) [0-?]* [ -/]* [@-~]  # CSI, its parameters and what it does
+      | \x1bO [@-~]  # SS3 and its letter
+      | \x1b\] [^\x07\x1b]* (?: \x07 | \x1b\\ | \Z )  # OSC, up to its end
+      | \x1b [^\x1b]?  # and whatever else stands after an ESC""",
+    re.VERBOSE | re.DOTALL,
+)
 # Controls, line and paragraph separators, and the marks that turn writing
-# around (Unicode UAX #9, 2.1 to 2.5).  TAB stays.  What edits is not here.
+# around (Unicode UAX #9, 2.1 to 2.5).  What edits is not here.
 FORBIDDEN = re.compile("[\0-\x07\x0a-\x14\x16-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 ERASE = re.compile("[\b\x7f\x15]")
 
@@ -388,7 +404,8 @@ def clean(text: str) -> str:
     """`text` as it may stand on anybody's screen, with its erasures carried out."""
     if text.isprintable():  # true of nearly all lines, and of none with a forbidden character
         return text
-    text = FORBIDDEN.sub("", text)
+    # No terminal wraps at a TAB: what follows some of them may stand at the next row's start.
+    text = FORBIDDEN.sub("", ESCAPE.sub("", text).replace("\t", " "))
     if not ERASE.search(text):
         return text
     kept: list[str] = []
@@ -402,6 +419,7 @@ def clean(text: str) -> str:
     return "".join(kept)
 
 
+IAC, WILL, WONT, DO, DONT = b"\xff", b"\xfb", b"\xfc", b"\xfd", b"\xfe"
 # A telnet command that is whole, or the beginning of one at the end of a read (RFC 854).
 TELNET_COMMAND = re.compile(
     rb"""\xff (?: ([\xfb-\xfe]) ([\0-\xff])  # WILL, WONT, DO, DONT and an option
@@ -410,37 +428,81 @@ TELNET_COMMAND = re.compile(
                 | ([\xfb-\xfe]? \Z) )  # a beginning""",
     re.VERBOSE,
 )
-OPTION_REFUSALS = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL x: DONT x; DO x: WONT x
+BINARY = b"\0"  # the one option that we want, both ways (RFC 856); the others are refused
+ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
+REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT only say what is so already
+
 ARE_YOU_THERE = b"\xf6"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
-# What the other commands of one byte leave in the text; all that are not here, nothing.
+# What the commands of one byte leave in the text; all that are not here, nothing.  Until
+# BINARY is agreed upon, BSD's telnet and its heirs look for their keys in every byte less
+# its eighth bit: inside a character of UTF-8, a command is the byte that it was made of.
 KEYS = {
-    b"\xec": CTRL_D,  # EOF (RFC 1184)
-    b"\xee": CTRL_C,  # ABORT (RFC 1184)
-    b"\xf3": CTRL_C,  # BRK, break
-    b"\xf4": CTRL_C,  # IP, interrupt process: what telnet makes of Ctrl-C
-    b"\xf7": b"\b",  # EC, erase character
-    b"\xf8": b"\x15",  # EL, erase line
-    b"\xff": b"\xff",  # IAC IAC: the byte itself
+    b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184): Ctrl-D
+    b"\xed": (b"", b"\x9a"),  # SUSP (RFC 1184): Ctrl-Z
+    b"\xee": (CTRL_C, b"\x9c"),  # ABORT (RFC 1184): Ctrl-\
+    b"\xf3": (CTRL_C, b"\x9c"),  # BRK, break: Ctrl-\ where ABORT is not known
+    b"\xf4": (CTRL_C, b"\x83"),  # IP, interrupt process: Ctrl-C
+    b"\xf5": (b"", b"\x8f"),  # AO, abort output: Ctrl-O
+    ARE_YOU_THERE: (b"", b"\x94"),  # AYT: Ctrl-T
+    b"\xf7": (b"\b", b"\x88"),  # EC, erase character: Ctrl-H
+    b"\xf8": (b"\x15", b"\x95"),  # EL, erase line: Ctrl-U
+    IAC: (IAC, IAC),  # the byte itself
 }
+UNFINISHED = re.compile(
+    rb"(?: [\xc2-\xf4] | [\xe0-\xf4][\x80-\xbf] | [\xf0-\xf4][\x80-\xbf]{2} ) \Z", re.VERBOSE
+)
+# The same telnets swallow Ctrl-E.  What stands before the 0x85 that made it:
+SWALLOWED = re.compile(
+    rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
+        | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or a Thai one
+        | [\xe3\xea-\xed] (?=[\x80-\xbf](?![\x80-\xbf])) )  # a Korean one""",
+    re.VERBOSE,
+)
+# Ctrl-C among what no command was taken out of yet: IP outside of a character, or the byte
+# itself outside of an option.  (A letter's commands ask for a timing mark each.)
+CONTINUATIONS = [rb"[\x80-\xbf]", rb"\xff[\xec-\xf8]", rb"\xff[\xec-\xf8]\xff\xfd\x06"]
+INSIDE = [
+    rb"[\xc2-\xf4]",
+    *(rb"[\xe0-\xf4]" + second for second in CONTINUATIONS),
+    *(rb"[\xf0-\xf4]" + second + third for second in CONTINUATIONS for third in CONTINUATIONS),
+]
+INTERRUPT = re.compile(
+    rb"\xff\xf4"
+    + b"".join(rb"(?<!%b\xff\xf4)" % each for each in [IAC, *INSIDE])
+    + rb"|\x03(?<!\xff[\xfb-\xfe]\x03)"
+)
+
+
+def text_of(line: bytes) -> str:
+    """A line of UTF-8, mended where telnet swallowed bytes, or with U+FFFD where it is broken."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        try:
+            return SWALLOWED.sub(b"\\1\x85", line).decode()
+        except UnicodeDecodeError:
+            return line.decode("utf-8", "replace")
 
 
 class TelnetWire(Wire):
     """Telnet (RFC 854): lines of text, with commands in between.
 
-    It refuses every option, and keeps at most one read and one unfinished line.
+    Who shows that they speak it is asked once for BINARY; nobody else ever gets a
+    byte that is no UTF-8.  It keeps at most what it was fed and one unfinished line.
     """
 
-    __slots__ = ("_after_cr", "_at", "_command", "_over", "_skipping", "_text")
+    __slots__ = ("_after_cr", "_asked", "_at", "_command", "_key", "_skipping", "_text")
 
     def __init__(self) -> None:
         super().__init__()
+        self._asked = False  # for BINARY
         self._command = b""  # the beginning of a command whose rest is still to come
         self._after_cr = False  # the last byte was a CR: an LF now belongs to it
         self._text = b""  # with "\n" for every line end
         self._at = 0  # how far `next` has come in `_text`
         self._skipping = False  # the line is too long; its rest is thrown away
-        self._over = False  # nothing is heard after `_text`: they pressed Ctrl-C, or it is the end
+        self._key = b""  # Ctrl-C or Ctrl-D: nothing is heard after it
 
     @staticmethod
     def encode(text: str) -> bytes:
@@ -448,40 +510,66 @@ class TelnetWire(Wire):
 
     def feed(self, data: bytes) -> None:
         if not data:
-            self.ended = self._over = True
+            self.ended = True
             return
-        if self._command or b"\xff" in data:
-            data, self._command = self._command + data, b""
-            replies = [self.replies]
-            data = TELNET_COMMAND.sub(functools.partial(self._obey, replies), data)
-            self.replies = b"".join(replies)
-        if not data or self._over:
+        if self._command or IAC in data:
+            data = self._obey(self._command + data)
+        if not data or self._key:
             return
         for key in (CTRL_C, CTRL_D):
             data, pressed, _ = data.partition(key)
-            if pressed:
-                self._over = True
+            self._key = pressed or self._key
         if self._after_cr and data[:1] in (b"\n", b"\0"):
             data = data[1:]
         self._after_cr = data.endswith(b"\r")
+        if self._asked and data.count(b"\n") > data.count(b"\r\n"):
+            self.replies += b"\r"  # in BINARY, Enter takes a telnet's cursor straight down
         # CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12)
-        data = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n").replace(b"\r", b"\n")
-        self._text += data
+        plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        self._text += plain.replace(b"\r", b"\n")
+        if not self._asked and len(plain) < len(data) and not self._text.isascii():
+            self._asked = True
+            self.replies += ASK_FOR_BINARY
 
-    def _obey(self, replies: list[bytes], command: re.Match[bytes]) -> bytes:
-        """Answer a telnet command in `replies`; returns what it leaves in the text."""
-        verb, option, inside, simple, begun = command.groups()
-        if verb in OPTION_REFUSALS:  # WONT and DONT only say what is so already
-            replies.append(OPTION_REFUSALS[verb] + option)
-        elif simple == ARE_YOU_THERE:
-            replies.append(self.encode(HERE))
-        elif simple:
-            return KEYS.get(simple, b"")
-        elif inside is not None:
-            self._command = b"\xff\xfa" + inside  # what an SB holds is not kept
-        elif begun is not None:
-            self._command = b"\xff" + begun
-        return b""
+    def _obey(self, data: bytes) -> bytes:
+        """Do what the telnet commands in `data` say; returns what they leave of it."""
+        text, at, replies = bytearray(self._text[-3:]), 0, [self.replies]
+        before = len(text)
+        self._command = b""
+        for command in TELNET_COMMAND.finditer(data):
+            text += data[at : command.start()]
+            at = command.end()
+            verb, option, inside, simple, begun = command.groups()
+            if not self._asked:
+                self._asked = True
+                replies.append(ASK_FOR_BINARY)
+            if inside is not None:
+                self._command = IAC + b"\xfa" + inside  # what an SB holds is not kept
+            elif begun is not None:
+                self._command = IAC + begun
+            elif verb in REFUSALS and option != BINARY:
+                replies.append(IAC + REFUSALS[verb] + option)
+            elif simple in KEYS:
+                key, byte = KEYS[simple]
+                if UNFINISHED.search(text[-3:]):
+                    text += byte
+                elif simple == ARE_YOU_THERE:
+                    replies.append(self.encode(HERE))
+                else:
+                    text += key
+        self.replies = b"".join(replies)
+        return bytes(text[before:]) + data[at:]
+
+    def interrupted(self, ahead: bytes) -> bool:
+        if self._key != CTRL_C:
+            data = self._text[-3:] + self._command + ahead
+            key = INTERRUPT.search(data)
+            if not key:
+                return False
+            self._text = self._command = self._key = b""
+            self.feed(data[key.start() :][:BYTES_A_TOKEN])  # with the timing mark they wait for
+        self._text, self._at, self._skipping = b"", 0, False
+        return True
 
     def next(self) -> Event | None:
         while True:
@@ -491,11 +579,12 @@ class TelnetWire(Wire):
                 self._at, self._skipping = stop, True
                 return TOO_LONG
             if end < 0:
-                self._text, self._at = b"" if self._skipping else self._text[start:], 0
-                return LEAVE if self._over else None
+                # What stands before a command decides what that one is.
+                self._text, self._at = self._text[-3 if self._skipping else start :], 0
+                return LEAVE if self._key or self.ended else None
             self._at = end + 1
             if not self._skipping:
-                return clean(self._text[start:end].decode("utf-8", "replace"))
+                return clean(text_of(self._text[start:end]))
             self._skipping = False
 
 
@@ -858,7 +947,7 @@ def address_group(host: str) -> str:
 class Connection(Person):
     """A person, and the socket they are at."""
 
-    __slots__ = ("address", "bucket", "since", "sock", "turned_away", "unheard", "watched")
+    __slots__ = ("address", "bucket", "ended", "since", "sock", "turned_away", "unheard", "watched")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log)
@@ -867,6 +956,7 @@ class Connection(Person):
         self.address: Address | None = None  # None for who calls from this very box
         self.turned_away = False
         self.unheard = b""  # what we have read, but not given to the wire yet
+        self.ended = False  # there is no more to read
         self.since = now  # when they called, were lost, or began to leave
         self.watched = 0  # the events that the selector was asked for
 
@@ -992,13 +1082,13 @@ class Reactor:
             self.patience = min(PATIENCE_SECONDS, self.patience + passed * RECOVERY)
 
     def _mark(self, connection: Connection, events: int) -> None:
-        """Note what the selector says of a connection."""
+        """Take up what the selector says of a connection."""
         if connection in self.connections:  # not dropped in this very turn
-            if events & READ:
-                self.in_line.setdefault(connection)
+            self.chat.changed[connection] = None
             if events & WRITE:
                 self.slow.pop(connection, None)
-            self.chat.changed[connection] = None
+            if events & READ:
+                self._guard(self._read, connection)
 
     def _listen(self) -> None:
         """Listen to those in line who may be heard now; the others keep their place."""
@@ -1008,6 +1098,8 @@ class Reactor:
                 return
             if self._heard_at(connection) <= self.now:
                 self._guard(self._listen_to, connection)
+            elif connection in self.chat.changed:  # they may have pressed Ctrl-C
+                self._guard(self._take_lines, connection)
 
     def _send_news(self, log: Log) -> None:
         """Send those who follow a log what it got since the last turn, each in one system call."""
@@ -1171,7 +1263,7 @@ class Reactor:
 
     # One connection
 
-    def _guard(self, step: Callable[..., None], connection: Connection, *more: object) -> None:
+    def _guard(self, step: Callable[..., object], connection: Connection, *more: object) -> None:
         """Take a step with one connection; whatever fails costs that one alone."""
         if connection not in self.connections:
             return
@@ -1203,25 +1295,31 @@ class Reactor:
         if connection.address:
             connection.address.bucket.spend(tokens, self.now)
 
+    def _read(self, connection: Connection) -> None:
+        """Read what somebody sent, be it their turn or not."""
+        try:
+            data = connection.sock.recv(min(READ_SIZE, READ_AHEAD - len(connection.unheard)))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if connection not in self.in_line:
+                raise
+            self._lose(connection, error)
+            data = b""
+        connection.unheard += data
+        connection.ended = not data
+        self.in_line.setdefault(connection)
+
     def _listen_to(self, connection: Connection) -> None:
-        """Take the lines that we hold of somebody, and read more where those are all taken."""
+        """Take lines of somebody whose turn it is; what is left waits for the next one."""
         all_taken = self._take_lines(connection)
-        if all_taken and not connection.wire.ended:
-            with contextlib.suppress(BlockingIOError):
-                data = connection.sock.recv(READ_SIZE)
-                if not data:
-                    connection.wire.feed(data)
-                elif connection.state is not CLOSING:
-                    connection.unheard = data
-                all_taken = self._take_lines(connection)
         self.in_line.pop(connection, None)
         if not all_taken:
             self.in_line[connection] = None  # behind the others
         self.chat.changed[connection] = None
 
     def _take_lines(self, connection: Connection) -> bool:
-        """Handle what we hold of somebody, as far as they can pay; False where no more may be
-        read until that is done.
+        """Handle what we have read of somebody, as far as they can pay; returns whether that is all.
 
         At a time it gives the wire no more than a token buys, or all, where there
         is no limit: so that those who send what is laborious do not keep the rest.
@@ -1229,7 +1327,7 @@ class Reactor:
         wire, rate = connection.wire, self.limits.rate
         helping = BYTES_A_TOKEN if rate else READ_SIZE
         while connection.state is not CLOSING:
-            if self._heard_at(connection) > self.now:
+            if self._heard_at(connection) > self.now and not wire.interrupted(connection.unheard):
                 return False
             event, name = wire.next(), connection.name
             if wire.replies:
@@ -1240,21 +1338,23 @@ class Reactor:
                 # Blank lines are free for who is lost, or they would hold a name for nothing.
                 if rate and (event or not connection.outbox.deaf):
                     self._charge(connection, 1 if connection.name == name else NAME_TOKENS)
-            elif not connection.unheard:
-                break
-            elif not helping:
-                return False
-            else:
+            elif connection.unheard:
+                if not helping:
+                    return False
                 data = connection.unheard[:helping]
                 connection.unheard = connection.unheard[helping:]
                 self._charge(connection, len(data) / BYTES_A_TOKEN)
                 wire.feed(data)
                 helping = 0
+            elif connection.ended:
+                wire.feed(b"")
+            else:
+                break
         return True
 
     def _settle(self, connection: Connection) -> None:
         """Do all that follows from how things stand with somebody; call it as often as you like."""
-        outbox, ended = connection.outbox, connection.wire.ended
+        outbox, ended = connection.outbox, connection.ended
         if outbox.owes and connection not in self.slow:
             self._flush(connection)
         if outbox.owes:
@@ -1262,6 +1362,8 @@ class Reactor:
         else:
             self.slow.pop(connection, None)
         if connection.state is CLOSING:
+            connection.unheard = b""
+            self.in_line.pop(connection, None)
             if connection not in self.leaving:
                 self.leaving[connection] = None
                 connection.since = self.now
@@ -1274,8 +1376,7 @@ class Reactor:
                 # Before the peer's end, a close with input unread would be a reset, and the
                 # peer would lose the last lines (RFC 1122, section 4.2.2.13).
                 self._shut(connection, socket.SHUT_WR)
-        # Who is in line need not be announced again.
-        reads = READ if not ended and connection not in self.in_line else 0
+        reads = READ if not ended and len(connection.unheard) < READ_AHEAD else 0
         writes = WRITE if connection in self.slow else 0
         self._watch(connection, reads | writes)
 
@@ -1696,7 +1797,7 @@ def upgrade(method: str, fields: dict[str, str]) -> bytes:
 
 
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+CONTINUATION, TEXT, BINARY_FRAME, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
 NEWLINE = re.compile(r"\r\n|\r|\n")
 
@@ -1870,7 +1971,7 @@ class WebWire(Wire):
         final, opcode = first & FINAL, first & 0x0F
         if first & RESERVED or not data[at + 1] & MASKED:
             raise FrameError(CloseCode.PROTOCOL_ERROR)
-        if opcode == BINARY:
+        if opcode == BINARY_FRAME:
             raise FrameError(CloseCode.UNSUPPORTED_DATA)
         if opcode in (CLOSE, PING, PONG):
             good = final and size < 126

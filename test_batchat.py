@@ -81,6 +81,21 @@ def heard(*reads: bytes) -> list:
     return telnet(*reads)[0]
 
 
+def typed_in_telnet(text: str) -> bytes:
+    """What BSD's telnet and its heirs send for what was typed, before BINARY is agreed upon."""
+    typed = bytearray()
+    for byte in text.encode():
+        # They look at every byte without its eighth bit.
+        key = KEYS_OF_TELNET.get(byte & 0x7F) if byte & 0x80 else None
+        typed += bytes([255, key, 255, 253, 6]) if key else bytes([byte])
+    return bytes(typed).replace(b"\n", b"\r\n")
+
+
+# Ctrl-C IP, Ctrl-D EOF, Ctrl-H EC, Ctrl-O AO, Ctrl-T AYT, Ctrl-U EL, Ctrl-Z SUSP, Ctrl-\\ ABORT
+KEYS_OF_TELNET = {3: 244, 4: 236, 8: 247, 15: 245, 20: 246, 21: 248, 26: 237, 28: 238}
+ASKS_FOR_BINARY = b"\xff\xfd\0\xff\xfb\0"
+
+
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     """`data` as it may arrive: in pieces."""
     places = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
@@ -399,14 +414,15 @@ def wait_until(condition) -> None:
 class Terminal(contextlib.AbstractContextManager):
     """A real telnet on a pseudo-terminal."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *options: str) -> None:
         import pty
 
         self.process, self.screen = pty.fork()
         if not self.process:
-            os.execvp("telnet", ["telnet", "127.0.0.1", str(port)])
+            os.environ["LC_ALL"] = "C.UTF-8"
+            os.execvp("telnet", ["telnet", *options, "127.0.0.1", str(port)])
         self.seen = b""
-        self.shows("Escape character is '^]'.\n")
+        self.shows("Connected to 127.0.0.1.\n")
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -528,7 +544,7 @@ def jonny(chromium):
 
 # Limits so small that a few lines reach them.
 SMALL = """LINE_LIMIT=100 WINDOW=4096 TOO_FAR_BEHIND=2048 TURN_LIMIT=2048 SPLICE_SIZE=16
-    WHISPER_LIMIT=512 PRIVATE_LIMIT=1024 READ_SIZE=4096 ACCEPT_BATCH=2 LOBBY=2 BYTES_A_TOKEN=128"""
+    WHISPER_LIMIT=512 PRIVATE_LIMIT=1024 READ_SIZE=4096 READ_AHEAD=6000 ACCEPT_BATCH=2 LOBBY=2 BYTES_A_TOKEN=128"""
 SMALL_LIMITS = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", SMALL)}
 FULL, CROWDED, NAMELESS, TOO_SLOW = DISMISSALS = [
     getattr(batchat, name).strip("* \n") for name in ["FULL", "CROWDED", "NAMELESS", "TOO_SLOW"]
@@ -649,13 +665,22 @@ class SimulatedSocket:
     def recv(self, most: int) -> bytes:
         far, world = self.far, self.far.world
         assert most <= batchat.READ_SIZE
-        self.call("recv")
+        held = self.peer.connection in world.reactor.in_line
+        try:
+            self.call("recv")
+        except OSError as error:
+            if held:  # what the server has of them is still said, and they are as good as gone
+                self.failed, self.end_seen = 0, True
+                far.break_down(error.errno, loses=True)
+                self.sees_error()
+            raise
         most = min(most, world.segment)
         data, far.arrived = far.arrived[:most], far.arrived[most:]
         if data:
             far.read_in = world.turns
             return data
-        if far.broken:
+        if far.broken and not self.error_seen:
+            self.end_seen = True
             self._complain()
         elif not far.ended and not self.error_seen:
             world.work -= 1
@@ -727,6 +752,9 @@ class Peer:
         self.replies = b""  # what the wire itself answered, and the bytes of its last answer
         self.answered = 0
         self.why = ""  # why they were let go, if they did not ask for it
+        self.waited = False  # when they left, they had no token for what they had sent before
+        self.pressed = 0  # how much they had typed when they pressed Ctrl-C ...
+        self.key_read_at = NEVER  # ... and when the server had read that
         self.waits_since = NEVER  # since when they could have been read, but were not
         self.waits_turns = 0
         self.untaken = 0  # bytes that arrived and were not given to their wire yet
@@ -761,6 +789,12 @@ class Peer:
         self.far.reads(room, speed)
         self.world.faults += room < BOUNDLESS
 
+    def presses_ctrl_c(self) -> None:
+        """In telnet, which then shows nothing until its timing mark comes back."""
+        if self.wire is TelnetWire:
+            self.far.type(b"\xff\xf4\xff\xfd\x06")
+            self.pressed = len(self.far.typed)
+
     def ends(self) -> None:
         self.far.ended = True
 
@@ -789,6 +823,10 @@ class Peer:
 
     def must_get(self, data: bytes) -> None:
         assert self.owed.startswith(data, len(self.far.got)), "they got what they must not get"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.far.ended or bool(self.far.broken)
 
     @property
     def unsent(self) -> int:
@@ -1220,8 +1258,9 @@ class World:
 
     def handle(self, person, event) -> None:
         peer = self.peer_of(person)
-        assert person.outbox.private_bytes - peer.answered <= batchat.PRIVATE_LIMIT
-        assert not self.was_held, "somebody is listened to while the room is held"
+        too_private = person.outbox.private_bytes - peer.answered > batchat.PRIVATE_LIMIT
+        assert event is LEAVE or not too_private
+        assert not self.was_held or event is LEAVE, "somebody is heard while the room is held"
         peer.answered = 0
         peer.waits_since, peer.waits_turns = NEVER, 0
         peer.events.append(event)
@@ -1229,6 +1268,7 @@ class World:
             peer.opened = True
             self.greet(person)
         elif event is LEAVE:
+            peer.waited = self.must_wait(person)
             self.goes(peer)
         elif peer.stage == "naming":
             self.take_name(peer, event)
@@ -1282,6 +1322,17 @@ class World:
             return f"* {why}\n"
         taken = self.called(name) not in (None, peer) or name.lower() == "you"
         return f"* The name {name} is taken.\n" if taken else ""
+
+    def has_no_token(self, connection: batchat.Connection) -> bool:
+        address = connection.address
+        buckets = [connection.bucket, *([address.bucket] if address else [])]
+        return any(each.ready_at > self.now for each in buckets)
+
+    def must_wait(self, connection: batchat.Connection) -> bool:
+        outbox = connection.outbox
+        too_much = outbox.log.news > batchat.TURN_LIMIT
+        too_private = outbox.private_bytes > batchat.PRIVATE_LIMIT
+        return self.was_held or too_much or too_private or self.has_no_token(connection)
 
     def take_name(self, peer: Peer, event) -> None:
         if event in (TOO_LONG, "/quit") or batchat.HTTP_REQUEST.match(event):
@@ -1447,13 +1498,20 @@ class World:
         if rate:
             most = rate * (self.now - peer.arrived_at + batchat.BURST_SECONDS) + 1
             said = [each for each in peer.events if each or not sock.error_seen]
-            assert len(said) <= most, "more lines than the rate lets through"
-            buckets = [connection.bucket, *([connection.address.bucket] if peer.group else [])]
-            no_token = any(each.ready_at > self.now for each in buckets)
+            assert len(said) <= most + said.count(LEAVE), "more lines than the rate lets through"
+            no_token = self.has_no_token(connection)
         if no_token:
             self.reaches("paced")
-        to_read = far.arrived or ((far.ended or far.broken) and not sock.end_seen)
-        assert reads or connection in reactor.in_line or sock.end_seen, "nobody listens to them"
+        if peer.pressed and peer.pressed <= len(far.typed) - len(far.arrived) and peer.is_here:
+            is_key = telnet_by_the_byte(far.typed[: peer.pressed - 3])[0][-1:] == [LEAVE]
+            if is_key and not too_private:
+                peer.key_read_at = min(peer.key_read_at, self.now)
+                most = batchat.PATIENCE_SECONDS + 1  # until they are listened to, if just a bit
+                assert not self.is_late(most, peer.key_read_at), "their screen is frozen"
+        to_read = far.arrived or connection.unheard or (peer.has_ended and not sock.end_seen)
+        full = len(connection.unheard) == batchat.READ_AHEAD
+        assert bool(reads) != (full or sock.end_seen), "nobody listens to them"
+        assert connection in reactor.in_line or not connection.unheard
         before, peer.untaken = peer.untaken, len(far.arrived) + len(connection.unheard)
         if to_read and not (too_private or no_token) and peer.untaken >= before > 0:
             peer.waits_since = min(peer.waits_since, self.now)
@@ -1487,9 +1545,16 @@ class World:
         for peer in self.peers:
             wire = peer.wire()
             events, _ = events_of(wire, peer.far.typed) if peer.far.typed else ([], b"")
-            if peer.sock.end_seen and events[-1:] != [LEAVE]:
+            by_key = events[-1:] == [LEAVE]
+            if peer.sock.end_seen and not by_key and not peer.why:
                 events.append(LEAVE)
+            if by_key and peer.waited:  # they pressed Ctrl-C, and what had to wait was thrown away
+                self.reaches("interrupted")
+                assert peer.events[:-1] == events[: len(peer.events) - 1]
+                continue
             assert events[: len(peer.events)] == peer.events
+            if peer.wire is TelnetWire:
+                wire.replies, peer.replies = plain(wire.replies), plain(peer.replies)
             assert wire.replies.startswith(peer.replies)
             if peer.is_here or (peer.why and peer.why == os.strerror(peer.far.broken)):
                 assert (peer.events, peer.replies) == (events, wire.replies)
@@ -1528,6 +1593,11 @@ class World:
         self.reactor.stop()
 
 
+def plain(replies: bytes) -> bytes:
+    """What telnet is answered, but for what depends on how its bytes were cut up."""
+    return re.sub(rb"\r(?!\n)", b"", replies.replace(ASKS_FOR_BINARY, b""))
+
+
 def line_on(wire: type[batchat.Wire], line: str) -> bytes:
     return masked(1, line.encode()) if wire is WebWire else line.encode() + b"\r\n"
 
@@ -1551,6 +1621,13 @@ GARBAGE = [  # for telnet, and for a browser
     *[(b"\b", masked(1, b"a\nb")), (b"\xc3", masked(1, b"\xff")), (b"no end" * 99, b"G")],
     *[(b"\xff\xf6" * 60, masked(9, b"p" * 100) * 12), (b"\xff\xf1" * 99, masked(10, b"") * 99)],
     (b"\xff\xf6" * 60 + b"\n/quit\n" + b"\xff\xf1" * 2100, masked(9, b"pong" * 9) * 99),
+    *[
+        (
+            typed_in_telnet("\u041c\u0430\u0440\u0438\u044f\n\u0443 \u30ca\u30c3\n"),
+            masked(1, b"\xd0\x9c"),
+        )
+    ],
+    *[(b"\xff\xfb\0\xff\xfd\0", b"\x88\x80"), (b"\x1b[A\tx\n", masked(1, b"\x1b]0;x\x07\t"))],
     *[(b"\xff\xf4", masked(8, b"")), (b"\x04", masked(1, b"x" * 101)), (b"\xa9", b"\xa9\r\n\r\n")],
 ]
 ERRORS = [errno.ECONNRESET, errno.EPIPE, errno.EHOSTUNREACH]
@@ -1578,6 +1655,7 @@ NETWORK_STEPS = st.one_of(
     st.tuples(st.just("sends"), st.sampled_from(WHO), RAW),
     every("calls", [TelnetWire, WebWire], HOSTS, [1, 50, 500], [True, False]),
     *(every("waits", [0.5, 0.05, 1.9, 2.1, 2.1]), every("waits", [2.1, 6.0, 11.0, 31.0, 125.0])),
+    every("presses_ctrl_c", WHO),
     *(every("ends", WHO), every("vanishes", WHO), every("breaks", WHO, ERRORS, [True, False])),
     every("call_fails", WHO, CALLS, CALL_ERRORS),
     every("call_fails", WHO, ["recv", "modify"], [OURS]),
@@ -1830,11 +1908,13 @@ def test_a_session_comes_out_byte_for_byte():
         mike.sees_the_end()
 
 
-@pytest.mark.skipif(not shutil.which("telnet"), reason="telnet is not installed")
-@pytest.mark.parametrize(
-    "leave", ["/quit\n", "\x03", "\x04\n\x04"], ids=["quit", "Ctrl-C", "Ctrl-D"]
-)
-def test_a_session_with_the_real_telnet_in_which_no_key_freezes_anything(leave):
+has_telnet = pytest.mark.skipif(not shutil.which("telnet"), reason="telnet is not installed")
+
+
+@has_telnet
+@pytest.mark.parametrize("leave", ["/quit\n", "Мама, у\x03", "Мама, у\x04\x04"])
+@pytest.mark.parametrize("text", ["hey everyone!", "Привет, у меня"])
+def test_a_session_with_the_real_telnet_in_which_no_key_freezes_anything(text, leave):
     with Server() as server, Terminal(server.port) as mike:
         mike.shows(OPENING_SCREEN)
         mike.types("mike\n")
@@ -1842,13 +1922,88 @@ def test_a_session_with_the_real_telnet_in_which_no_key_freezes_anything(leave):
         jonny = server.join("jonny")
         mike.shows("* jonny has joined the chat\n")
         mike.types("\x1a")  # Ctrl-Z: telnet shows nothing until its timing mark comes back
-        mike.types("hey everyone!\n")
-        jonny.reads("<mike> hey everyone!\n")
+        mike.types(f"{text}\n")
+        jonny.reads(f"<mike> {text}\n")
         jonny.types("hi mike!")
         mike.shows("<jonny> hi mike!\n")
         mike.types(leave)
         mike.shows("Connection closed by foreign host.")
         jonny.reads("* mike has quit the chat\n")
+
+
+# Some hold bytes that are a key of telnet's, less their eighth bit; the most hold Ctrl-C.
+NAMES_IN_MANY_ALPHABETS = [
+    *("Мария", "Захар", "Ünal", "Åsa", "Łukasz", "Ευαγγελία", "Արամ", "محمد", "שרה", "अमित", "ธนา"),
+    *("カナ", "さくら", "王小明", "지우", "남녀"),
+]
+TEXTS_IN_MANY_ALPHABETS = [
+    *("Привет, у меня", "Мама мыла раму", "Ünal war hier", "Γεια σου, κόσμε", "ქართული ენა"),
+    *(
+        "مرحبا يا عالم",
+        "שמי רות",
+        "नमस्ते दुनिया",
+        "สวัสดีชาวโลก",
+        "カタカナ、ッ",
+        "你好，世界",
+        "안녕하세요 ㅋㅋ",
+    ),
+    *"ЃЄЅЈЏДЕКМ",  # D0, and every key: 83, 84, 85, 88, 8F, 94, 95, 9A, 9C
+]
+
+
+@has_telnet
+@pytest.mark.parametrize("name", NAMES_IN_MANY_ALPHABETS)
+def test_in_the_real_telnet_people_give_their_name_in_their_own_alphabet(name):
+    with Server("--no-web") as server, Terminal(server.port) as guest:
+        guest.shows(batchat.PROMPT)
+        guest.types(f"{name}\n")
+        guest.shows(hey(name))
+
+
+@has_telnet
+@pytest.mark.parametrize("options", [[], ["-E"], ["-8"], ["-L"]], ids=str)
+def test_in_the_real_telnet_the_first_line_comes_out_as_it_was_typed(options):
+    with Server("--no-web", "--rate", "0") as server:
+        ann = server.join("ann")
+        for text in TEXTS_IN_MANY_ALPHABETS:
+            with Terminal(server.port, *options) as mike:
+                mike.shows(batchat.PROMPT)
+                mike.types("mike\n")
+                ann.reads("* mike has joined the chat\n")
+                mike.types(f"{text}\n/quit\n")
+                ann.reads(f"<mike> {text}\n* mike has quit the chat\n")
+                mike.shows("Connection closed by foreign host.")
+
+
+@has_telnet
+def test_in_binary_every_letter_may_be_typed_and_each_line_begins_at_the_start_of_its_row():
+    with Server("--no-web") as server, Terminal(server.port, "-8") as mike:
+        mike.shows(batchat.PROMPT)
+        mike.types("Мария\n")
+        mike.shows(hey("Мария"))
+        jonny = server.join("jonny")
+        mike.shows("* jonny has joined the chat\n")
+        for text in ["Наташа ” Ý 이", "公太郎 者 ✅"]:  # with the escape key, and with Ctrl-E
+            mike.types(f"{text}\n")
+            jonny.reads(f"<Мария> {text}\n")
+            jonny.types("hi!")
+            mike.shows("\r<jonny> hi!\n")  # Enter alone would go straight down
+
+
+@has_telnet
+def test_ctrl_c_in_the_middle_of_a_long_paste_into_the_real_telnet_leaves_at_once():
+    with Server() as server, Terminal(server.port) as mike:
+        mike.shows(batchat.PROMPT)
+        mike.types("mike\n")
+        mike.shows(hey("mike"))
+        jonny = server.join("jonny")
+        for n in range(600):
+            mike.types(f"line {n}\n")
+            mike.shows(f"line {n}\n")
+        mike.types("\x03")
+        mike.shows("Connection closed by foreign host.")  # before all could have been said
+        jonny.types("/quit")
+        assert jonny.rest().count("<mike>") < 200
 
 
 # --------------------------------------------------------------------------
@@ -2379,7 +2534,7 @@ def test_whatever_is_read_is_paced_by_its_bytes(worlds, flood):
     vandal.far.type(flood * 2000)
     world.waits(10.0)
     read = 2000 * 512 - len(vandal.far.arrived)
-    assert read <= 512 * 10 * (10 + batchat.BURST_SECONDS) + batchat.READ_SIZE
+    assert read <= 512 * 10 * (10 + batchat.BURST_SECONDS) + batchat.READ_AHEAD + 512
 
 
 def test_a_new_name_costs_what_five_lines_do(worlds):
@@ -2415,7 +2570,7 @@ def test_nobody_is_listened_to_for_more_than_a_token_before_it_is_the_next_ones_
     ann.types("/me waves")
     world.turn()
     assert {len(each.connection.unheard) for each in vandals} == {8192 - 2 * batchat.BYTES_A_TOKEN}
-    assert all("** ann waves" in each.reads() for each in vandals)
+    assert all(b"** ann waves" in each.far.got for each in vandals)
 
 
 # --------------------------------------------------------------------------
@@ -2574,7 +2729,7 @@ def test_a_slow_listener_costs_no_system_call_a_line(worlds):
 ANYTHING = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("\b\x7f\x15\x1b\u202e\t")
 )
-NOT_ON_A_SCREEN = set(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029])) - {"\t"}
+NOT_ON_A_SCREEN = set(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029]))
 NOT_ON_A_SCREEN |= set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
 
 
@@ -2587,8 +2742,28 @@ def test_cleaned_text_has_no_forbidden_character_and_cleaning_it_again_changes_n
 
 @given(ANYTHING)
 def test_cleaning_takes_out_nothing_else(text):
-    text = re.sub("[\b\x7f\x15]", "", text)
-    assert batchat.clean(text) == "".join(each for each in text if each not in NOT_ON_A_SCREEN)
+    text = re.sub("[\b\x7f\x15\x1b\x9b]", "", text)
+    kept = [each for each in text.replace("\t", " ") if each not in NOT_ON_A_SCREEN]
+    assert batchat.clean(text) == "".join(kept)
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("abc\x1b[D\x1b[D", "abc"),  # arrows
+        ("\x1b[1;5Cx\x1b[?25ly\x1b[ qz\x9b31m", "xyz"),  # CSI, its parameters and its letter
+        ("\x1bOPx\x1bO", "x"),  # SS3 and its letter
+        ("\x1b]0;title\x07x\x1b]8;;http://x\x1b\\y\x1b]2;no end", "xy"),  # OSC up to its end
+        ("a\x1b", "a"),
+        ("\x1bba\x1b\x7fc", "ac"),  # Alt-b, Alt-Backspace: an ESC and one character
+        ("\x1b\x1b[Aa", "a"),  # Alt and an arrow
+        ("\x1b[12\u00e9", "12\u00e9"),  # nothing that a terminal knows
+        ("one\ttwo\t\t", "one two  "),
+    ],
+)
+def test_an_escape_sequence_goes_out_as_a_whole_and_a_tab_becomes_a_space(typed, shown):
+    assert heard(f"{typed}\n".encode()) == [shown]
+    assert sent(masked(1, typed.encode())) == ([shown], [])
 
 
 @given(ANYTHING.map(batchat.clean))
@@ -2604,10 +2779,30 @@ def test_nothing_that_one_person_types_looks_like_a_notice_or_a_second_line(text
 
 # What telnet sends
 
+# Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Indic, Thai, Georgian, kana, Chinese, Korean
+ALPHABETS = st.sampled_from(
+    [" ", "a", "\u201d", "\U0001f600"]
+    + [chr(n) for a, b in [(0xC0, 0x17F), (0x370, 0x6FF), (0x900, 0xDFF)] for n in range(a, b)]
+    + [chr(n) for a, b in [(0xE00, 0xE5C), (0x10A0, 0x10FF), (0x3041, 0x30FF)] for n in range(a, b)]
+    + [chr(n) for a, b in [(0x4E00, 0x5200), (0xAC00, 0xB000)] for n in range(a, b)]
+)
+
+
+def is_unfinished(text: bytes) -> bool:
+    """Whether the last character of `text` lacks some of its bytes in UTF-8."""
+    for size in range(1, min(4, len(text) + 1)):
+        first = text[-size]
+        if not 0x80 <= first < 0xC0:
+            return size < (0xC2 <= first < 0xF5) * 2 + (0xE0 <= first < 0xF5) + (
+                0xF0 <= first < 0xF5
+            )
+    return False
+
 
 def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
     """The same as `telnet`, written as plainly as RFC 854 reads: one byte at a time."""
     events, replies, line, too_long, after_cr = [], b"", b"", False, False
+    text = b""  # what no command was
     rest = iter(data)
     with contextlib.suppress(StopIteration):
         while True:
@@ -2616,17 +2811,21 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
                 command = next(rest)
                 if command in (251, 252, 253, 254):
                     option = next(rest)
-                    if command in (251, 253):
+                    if command in (251, 253) and option:
                         replies += bytes([255, 254 if command == 251 else 252, option])
                     continue
                 if command == 250:
                     while next(rest) != 255 or next(rest) != 240:
                         pass
                     continue
-                if command == 246:
+                byte_of = {key: byte | 0x80 for byte, key in KEYS_OF_TELNET.items()}
+                byte_of[243] = byte_of[238]  # an older name for it
+                if command in byte_of and is_unfinished(text):
+                    byte = byte_of[command]
+                elif command == 246:
                     replies += b"* BATCHAT is here.\r\n"
                     continue
-                if command in (236, 238, 243, 244):
+                elif command in (236, 238, 243, 244):
                     byte = 3
                 elif command in (247, 248):
                     byte = {247: 8, 248: 21}[command]
@@ -2634,6 +2833,7 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
                     continue
             if LEAVE in events:  # commands are answered still, but nothing is heard
                 continue
+            text += bytes([byte])
             if after_cr and byte in (0, 10):
                 after_cr = False
                 continue
@@ -2642,7 +2842,7 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
                 events.append(LEAVE)
             elif ends_line:
                 if not too_long:
-                    events.append(batchat.clean(line.decode("utf-8", "replace")))
+                    events.append(batchat.clean(batchat.text_of(line)))
                 line, too_long = b"", False
             elif not too_long:
                 line += bytes([byte])
@@ -2656,7 +2856,8 @@ TELNET = st.lists(
     st.one_of(
         st.sampled_from([b"\r\n", b"\r\0", b"\r", b"\n", b"\0", b"\b", b"\x7f"]),
         st.sampled_from([b"\xff", b"\xff\xff", b"\xff\xfa", b"\xff\xf0", b"\xfa", b"\xf0"]),
-        st.sampled_from([b"\xff\xf6", b"\xff\xf7", b"\xff\xf8", b"\xff\xf1"]),
+        st.sampled_from([bytes([255, command]) for command in range(236, 250)]),
+        st.sampled_from([b"\xd0", b"\xe3", b"\xe3\x83", b"\xf0\x9f", b"\x98\x83", b"\xff\xfb\0"]),
         st.sampled_from([b"\xff\xfd\x06", b"\xff\xfb\x1f", b"\xff\xfc\x01", b"\xff\xfe\x03"]),
         st.sampled_from([b"\xff\xfa\x1f\0\x50\xff\xff\xff\xf0", b"\x03", b"\x04", b"\xff\xf4"]),
         st.sampled_from([b"hello", "h\u00e9 \u4f60 \U0001f600".encode(), b"x" * 4096, b"y" * 4097]),
@@ -2669,7 +2870,8 @@ PLACES = st.lists(st.integers(0, 10**6), max_size=12)
 
 @given(TELNET, PLACES)
 def test_however_the_bytes_are_cut_up_the_lines_and_answers_are_the_same(data, places):
-    assert telnet(*cut(data, places)) == telnet(*cut(data, [])) == telnet_by_the_byte(data)
+    lines, answers = telnet(*cut(data, places))
+    assert (lines, plain(answers)) == telnet_by_the_byte(data)
 
 
 @pytest.mark.parametrize(
@@ -2681,7 +2883,6 @@ def test_however_the_bytes_are_cut_up_the_lines_and_answers_are_the_same(data, p
         ([b"helpp\b\x7flo\b\blo\n"], ["hello"]),  # backspace and delete
         ([b"\b\bnonsense\x15sense\n"], ["sense"]),  # Ctrl-U
         ([b"hexx\xff\xf7\xff\xf7llo\n", b"oops\xff\xf8good\n"], ["hello", "good"]),  # EC, EL
-        ([b"\x1b[31mred\x07\n"], ["[31mred"]),
         ([b"caf\xe9 \xc3\n"], ["caf\ufffd \ufffd"]),  # broken UTF-8
         ([b"one\ntwo\nthr", b""], ["one", "two", LEAVE]),  # what Enter did not end is not said
     ],
@@ -2690,9 +2891,71 @@ def test_bytes_become_the_lines_that_whoever_typed_them_meant(reads, lines):
     assert heard(*reads) == lines
 
 
-def test_every_option_is_refused_nothing_is_answered_to_a_refusal_and_are_you_there_is_answered():
-    asked = b"\xff\xfd\x06\xff\xfb\x1f\xff\xfc\x06\xff\xfe\x06ok\r\n\xff\xf6"
-    assert telnet(asked) == (["ok"], b"\xff\xfc\x06\xff\xfe\x1f* BATCHAT is here.\r\n")
+def test_every_option_but_binary_is_refused_and_nothing_is_answered_to_a_refusal():
+    asked = b"\xff\xfd\x06\xff\xfb\x1f\xff\xfc\x06\xff\xfe\x06\xff\xfb\0\xff\xfd\0ok\r\n"
+    assert telnet(asked) == (["ok"], ASKS_FOR_BINARY + b"\xff\xfc\x06\xff\xfe\x1f")
+
+
+def test_are_you_there_is_answered():
+    assert telnet(b"\xff\xf6") == ([], ASKS_FOR_BINARY + b"* BATCHAT is here.\r\n")
+
+
+def test_who_shows_that_they_are_a_telnet_is_asked_once_for_binary():
+    text = "\u041c\u0430\u0440\u0438\u044f"
+    for read in (f"{text}\r\n".encode(), f"{text}\r\0".encode(), b"\xff\xf1", b"\xff\xfb\x1f"):
+        assert telnet(read, read)[1].count(ASKS_FOR_BINARY) == 1
+
+
+@given(st.text(ALPHABETS), PLACES)
+def test_who_has_not_shown_that_never_gets_a_byte_that_is_no_utf_8(text, places):
+    for as_sent in (text.replace("\r", "").encode(), text.encode("ascii", "ignore")):
+        assert telnet(*cut(as_sent, places))[1] == b""
+
+
+def test_programs_that_read_plain_utf_8_read_whole_sessions_of_it(worlds):
+    for end in ("\n", "\r"):
+        world = worlds()
+        ann = world.joins("ann", WebWire)
+        world.waits()
+        mike = world.calls()
+        mike.far.type(f"Мария{end}Привет, у меня{end}/msg Мария ”{end}caf\xe9\t{end}".encode())
+        world.waits()
+        ann.types("カタカナ", "/quit")
+        mike.far.type(f"/quit{end}".encode())
+        world.waits()
+        assert (
+            mike.far.got.decode()
+            == TelnetWire.encode(
+                batchat.GREETING
+                + "Hey, Мария! Hope you enjoy the chat.\n\n[Мария -> you] ”\n[you -> Мария] ”\n"
+                + "<ann> カタカナ\n* ann has quit the chat\n"
+            ).decode()
+        )
+
+
+def test_who_speaks_binary_gets_their_cursor_back_to_the_start_of_the_row(worlds):
+    # For their terminal does no more of Enter than it was told: it goes down a row.
+    world = worlds()
+    mike = world.calls()
+    mike.far.type(b"mike\r\n\xff\xf1")
+    world.waits()
+    for line, answer in [(b"in ascii\r\n", b""), (b"in binary\n", b"\r"), (b"from putty\r", b"")]:
+        before = len(mike.far.got)
+        mike.far.type(line)
+        world.waits()
+        assert mike.far.got[before:] == answer
+
+
+@given(st.text(ALPHABETS), PLACES)
+def test_a_text_in_any_alphabet_comes_out_of_a_telnet_as_it_was_typed(text, places):
+    assert heard(*cut(typed_in_telnet(f"{text}\n"), places)) == [batchat.clean(text)]
+
+
+@pytest.mark.parametrize("letter", list("\u0405\u0445\u00c5\u03c5\u0645\u0905\u0e05\u314b\ub155"))
+def test_where_a_telnet_swallows_ctrl_e_the_letter_that_held_it_is_mended(letter):
+    text = f"a{letter}b {letter}{letter} {letter}"
+    assert b"\x85" in text.encode()
+    assert heard(text.encode().replace(b"\x85", b"") + b"\r\n") == [text]
 
 
 @pytest.mark.parametrize(
@@ -2710,6 +2973,47 @@ def test_the_timing_mark_after_ctrl_c_is_answered_so_that_no_screen_freezes(worl
     world.waits()
     assert mike.far.got.endswith(b"\xff\xfc\x06")
     assert mike.sock.shut
+
+
+def test_ctrl_c_beyond_the_rate_takes_back_what_was_not_said_yet_and_leaves_at_once(worlds):
+    for key in (b"\xff\xf4\xff\xfd\x06", b"\x03"):
+        for seconds in (0.0, 3.0):
+            world = worlds(rate=10)
+            ann, mike = world.joins("ann"), world.joins("mike")
+            world.waits(60.0)
+            ann.reads()
+            mike.types(*["\u0443 \u30ca\u30c3"] * 600)
+            world.waits(seconds)
+            mike.far.type(key + b"never heard\r\n")
+            world.waits()
+            said = ann.reads()
+            assert said.endswith("* mike has quit the chat\n")
+            assert 45 < said.count("\n") < 100
+            assert mike.far.got.endswith(b"\xff\xfc\x06") or key == b"\x03"
+
+
+@pytest.mark.parametrize(
+    "sends",
+    [
+        typed_in_telnet("\u0443 \u30ca\u30c3 \U0001f603"),  # letters made of Ctrl-C
+        b"\xff\xfd\x03\xff\xfb\x03",  # options
+        b"\xff\xff\xf4",  # an escaped byte, and the next
+        b"\x04",  # Ctrl-D leaves when all is said
+    ],
+)
+def test_nothing_else_takes_back_what_was_not_said_yet(worlds, sends):
+    world = worlds(rate=10)
+    ann, mike = world.joins("ann"), world.joins("mike")
+    world.waits(60.0)
+    mike.types(*["hi"] * 200)
+    for byte in sends:
+        mike.far.type(bytes([byte]))
+        world.waits()
+    mike.far.type(sends)
+    world.waits()
+    assert names(world) == ["ann", "mike"]
+    world.waits(60.0)
+    assert ann.reads().count("<mike> hi") == 200
 
 
 def test_telnets_urgent_data_stays_in_the_stream():
@@ -3102,6 +3406,10 @@ SHAPES = [
             b"x\b" * 2000 + b"\n",
             b"\x15x" * 2000 + b"\n",
             b"\x1b[" * 2000 + b"\n",
+            b"\x1b]" * 2000 + b"\n",
+            b"\x1b[" + b"0" * 4000 + b"\n",
+            b"\xd0\xff\xf4\xff\xfd\x06" * 1360 + b"\n",
+            b"\xc3" * 4000 + b"\n",
             ("a " * 1300 + " HTTP/").encode() + b"\n",
             "\u0344".encode() * 1300 + b"\n",
             b"\r" * 8192,
@@ -3156,7 +3464,7 @@ def test_of_what_somebody_sends_no_more_is_read_than_is_handled_or_thrown_away(w
     assert not leaver.far.arrived
     for each in (mike, leaver):
         kept = kept_by(each.connection.wire) + len(each.connection.unheard)
-        assert kept < batchat.READ_SIZE + batchat.LINE_LIMIT
+        assert kept < batchat.READ_AHEAD + batchat.LINE_LIMIT
 
 
 def test_who_can_not_be_sent_to_may_still_join_and_say_what_they_had_sent(worlds):
