@@ -3823,6 +3823,11 @@ FAILING_CALLS = [
     ]
 ]
 
+CTRL_C_IN_A_PASTE = [
+    *[("joins", "ann", TelnetWire, "127.0.0.1", 1), ("turn", 2, 0, BOUNDLESS)],
+    *[("says", 0, "x" * 80, 70), ("turn", 2, 0, BOUNDLESS), ("presses_ctrl_c", 0)],
+]
+
 
 def test_whatever_the_network_does_everyone_reads_all_that_they_must_and_nothing_else():
     reached: Counter[str] = Counter()
@@ -3830,12 +3835,14 @@ def test_whatever_the_network_does_everyone_reads_all_that_they_must_and_nothing
     @settings(max_examples=1000)
     @example((Limits(0, 9, 0), 0.0, SLOW_LISTENERS, "all hang up"))
     @example((Limits(10, 9, 0), 0.0, FAILING_CALLS, "all hang up"))
+    @example((Limits(10, 9, 0), 0.0, CTRL_C_IN_A_PASTE, "all hang up"))
     @given(WORLDS)
     def runs(how):
         reached.update(simulate(*how).reached)
 
     runs()
-    assert {*DISMISSALS, "too far behind", "held", "paced", "too much to read"} <= reached.keys()
+    assert {*DISMISSALS, "too far behind", "held", "paced", "interrupted"} <= reached.keys()
+    assert "too much to read" in reached
     assert {f"{call} fails" for call in [*CALLS, "accept"]} <= reached.keys()
 
 
