@@ -35,21 +35,23 @@ import errno
 import functools
 import ipaddress
 import logging
+import math
 import os
 import re
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
 import unicodedata
 import urllib.parse
 from base64 import b64decode, b64encode
-from collections import defaultdict
+from collections import defaultdict, deque
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Callable, Iterable, NamedTuple, Tuple, Union, cast
+from typing import Callable, Dict, Iterable, NamedTuple, Tuple, Union, cast
 
 try:
     import resource
@@ -76,7 +78,7 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 """[1:]
 WELCOME = "Welcome to BATCHAT local reviews and chat!"
 PROMPT = "Please enter your name, and press enter: "
-GREETING = f"{BANNER}\n{WELCOME}\n\n{PROMPT}"
+GREETING = BANNER + "\n{0}\n\n" + PROMPT
 HEY = "Hey, {0}! Hope you enjoy the chat.\n\n"
 
 # What happens in the room, as the others read it: {0} is who, {1} what they said.
@@ -85,26 +87,37 @@ SAID = "<{0}> {1}\n"
 DID = "** {0} {1}\n"
 RENAMED = "* {0} is now known as {1}\n"
 QUIT = "* {0} has quit the chat\n"
+THROWN_OUT = "* {0} was thrown out by {1}\n"
+THROW_OUT = "* You were thrown out by {0}\n"  # what that one reads
 
-# What people may type: the command, what it takes, what it does.
+# What stands around what was said before: {0} is since when.
+BEFORE = "* Said before you came, since {0}:\n"
+NOW = "* That was before you came.\n"
+
+# What people may type: the command, what it takes, what it does, whose it is.
+EVERYONE, OPERATORS = "everyone", "operators"
 COMMANDS = {
-    "/help": ("", "show this list"),
-    "/who": ("", "show who is here"),
-    "/me": ("ACTION", "say what you do: /me waves"),
-    "/msg": ("NAME TEXT", "say something to one person alone"),
-    "/nick": ("NAME", "change your name"),
-    "/ignore": ("NAME", "stop hearing somebody, or hear them again"),
-    "/quit": ("", "leave the chat"),
-    "//": ("TEXT", "say a line that starts with a slash"),
+    "/help": ("", "show this list", EVERYONE),
+    "/who": ("", "show who is here", EVERYONE),
+    "/me": ("ACTION", "say what you do: /me waves", EVERYONE),
+    "/msg": ("NAME TEXT", "say something to one person alone", EVERYONE),
+    "/nick": ("NAME", "change your name", EVERYONE),
+    "/ignore": ("NAME", "stop hearing somebody, or hear them again", EVERYONE),
+    "/quit": ("", "leave the chat", EVERYONE),
+    "//": ("TEXT", "say a line that starts with a slash", EVERYONE),
+    "/op": ("PASSWORD", "become an operator, which anyone may try", OPERATORS),
+    "/kick": ("NAME [WHY]", "throw somebody out", OPERATORS),
+    "/ban": ("NAME [MINUTES]", "the same, and let nobody in from their address", OPERATORS),
+    "/bans": ("", "show the addresses that are banned", OPERATORS),
+    "/unban": ("ADDRESS", "let people in from there again", OPERATORS),
 }
-HELP = "".join(
-    f"* {f'{command} {takes}':<17}{does}\n" for command, (takes, does) in COMMANDS.items()
-)
 
 TAKEN = "The name {0} is taken."
 FULL = "* BATCHAT is full, please try again later.\n"
 CROWDED = "* Too many people are here from your address, please try again later.\n"
 NAMELESS = "* You gave no name in time, goodbye!\n"
+BANNED = "* Nobody may come in from your address for another {0} min.\n"
+WRONG_PASSWORD = "That is not the password."
 GOODBYE = "* That was the last try, goodbye!\n"
 SHUTDOWN = "* BATCHAT is closing, goodbye!\n"
 HERE = "* BATCHAT is here.\n"
@@ -120,6 +133,7 @@ LINE_LIMIT = 4096  # bytes in a line, its end not counted
 NAME_LIMIT = 24  # characters in a name
 SPELLING_LIMIT = 4 * NAME_LIMIT  # the same as typed: NFC makes it four times shorter at most
 NAME_TRIES = 5
+PASSWORD_TRIES = 3
 NAME_SECONDS = 120.0  # until a caller must have given a name
 
 WEB_PORT = 1338  # where browsers look for us, if it is free
@@ -151,6 +165,13 @@ NAME_TOKENS = 5  # and a name, old or new: all must read of it, and of their qui
 BURST_SECONDS = 5  # of the permitted rate, that may be sent at once
 ADDRESS_SHARE = 10  # times a person's rate, for all from one address
 
+HISTORY_LINES = 1000  # that may be kept for those who come later,
+HISTORY_SIZE = 64 << 10  # and their bytes in either format
+
+BAN_MINUTES = 60  # where the operator does not say
+LONGEST_BAN = 525_600  # minutes
+BANS_LIMIT = 1000
+
 TICK_SECONDS = 1.0  # between two looks at everybody's time, and at what failed
 CLOSING_SECONDS = 5.0  # for a leaver to take what is owed and to hang up
 TURNED_AWAY_SECONDS = 1.0  # the same, for a caller who was never let in
@@ -164,6 +185,18 @@ KEEPALIVE_IDLE = 60  # seconds of silence, until we ask whether a peer is still 
 KEEPALIVE_INTERVAL = 15  # again after so many seconds,
 KEEPALIVE_COUNT = 4  # and give it up after so many questions in vain,
 USER_TIMEOUT = 120_000  # or after so many milliseconds without an ACK of what we sent
+
+
+class Settings(NamedTuple):
+    """What whoever runs the server may set."""
+
+    rate: int = 10  # lines a second from one person; 0 is no limit
+    max_people: int = 1_000_000
+    max_per_address: int = 100  # connections; 0 is no limit
+    history: int = 0  # lines
+    welcome: str = WELCOME
+    password: str = ""  # of the operators; without one, there are none
+    behind_proxy: bool = False  # who calls from this very box tells for whom
 
 
 # --------------------------------------------------------------------------
@@ -182,10 +215,11 @@ class Log:
     `data` is alive.
     """
 
-    __slots__ = ("data", "listeners", "newest", "offered", "start", "wire")
+    __slots__ = ("data", "history", "listeners", "newest", "offered", "start", "wire")
 
-    def __init__(self, wire: type[Wire]) -> None:
+    def __init__(self, wire: type[Wire], history: int = 0) -> None:
         self.wire = wire
+        self.history = History(wire, history)
         self.listeners: dict[Person, None] = {}  # those in the room, in order of arrival
         self.data = bytearray()
         self.start = 0  # the offset of data[0]
@@ -199,7 +233,9 @@ class Log:
     @property
     def news(self) -> int:
         """Bytes that no listener was offered yet."""
-        return self.end - self.offered
+        return (
+            self.start + len(self.data) - self.offered
+        )  # `end` would be a call more for each line
 
     def append(self, data: bytes) -> None:
         self.newest = self.end
@@ -211,13 +247,55 @@ class Log:
         self.start = offset
 
 
+class History:
+    """What was said last, in one wire's format, for those who come in later."""
+
+    __slots__ = ("_most", "_said", "_shown", "_size", "_wire", "made")
+
+    def __init__(self, wire: type[Wire], most: int) -> None:
+        self.made = 0  # bytes that were put together for newcomers in this turn
+        self._wire = wire
+        self._most = most  # lines
+        self._said: deque[tuple[str, str, bytes]] = deque()  # when, by whom, and how it reads
+        self._size = 0  # bytes
+        self._shown = b""  # all of it in one piece, which newcomers share
+
+    def append(self, origin: str, line: str) -> None:
+        when = local_time()
+        self._shown = b""
+        self._said.append((when, origin, self._wire.encode(f"{when[-5:]} {line}")))
+        self._size += len(self._said[-1][2])
+        while len(self._said) > self._most or self._size > HISTORY_SIZE:
+            self._size -= len(self._said.popleft()[2])
+
+    def forget(self, origin: str) -> None:
+        """Keep nothing that was said from there."""
+        self._shown = b""
+        self._said = deque(each for each in self._said if each[1] != origin)
+        self._size = sum(len(data) for _, _, data in self._said)
+
+    def shown(self) -> bytes:
+        """What a newcomer reads of it."""
+        if self._said and not self._shown:
+            since, now = BEFORE.format(self._said[0][0]), self._wire.encode(NOW)
+            lines = [data for _, _, data in self._said]
+            self._shown = b"".join([self._wire.encode(since), *lines, now])
+            self.made += len(self._shown)
+        return self._shown
+
+
+def local_time() -> str:
+    """The time on this box; its last five characters are hours and minutes."""
+    return time.strftime("%Y-%m-%d %H:%M")
+
+
 class Outbox:
     """What one listener is owed: a cursor into the log, and splices.
 
     A splice `(at, skip, insert)` says: at offset `at` of the log, put in the
     bytes `insert` (a private reply), then leave out the next `skip` bytes (the
-    listener's own line).  Splices are in order and never touch: two that would
-    are one.
+    listener's own line).  Splices are in order, and short ones that would touch
+    are one; a long insert may be shared, and stays as it is.
 
     Who is not in the room stands at FOREVER, where nothing is ever said, and
     is owed inserts alone.
@@ -283,7 +361,7 @@ class Outbox:
     def _splice(self, at: int, skip: int, insert: bytes) -> None:
         if not self.splices:
             self.splices = []  # not the one that all share
-        elif at == self._reach:
+        elif at == self._reach and len(self.splices[-1][2]) + len(insert) <= SPLICE_SIZE:
             at, before, earlier = self.splices.pop()
             skip, insert = before + skip, earlier + insert
         self.splices.append((at, skip, insert))
@@ -333,9 +411,12 @@ class WireEvent(enum.Enum):
     OPENED = enum.auto()  # somebody is there to be greeted
     TOO_LONG = enum.auto()  # a line over LINE_LIMIT went by and was thrown away
     LEAVE = enum.auto()  # they want to go, or must: Ctrl-C, the end of the stream
+    FORWARDED = enum.auto()  # a proxy has told who calls
 
 
-OPENED, TOO_LONG, LEAVE = WireEvent  # a look-up in the class costs more than all else here
+OPENED, TOO_LONG, LEAVE, FORWARDED = (
+    WireEvent  # a look-up in the class costs more than all else here
+)
 Event = Union[str, WireEvent]
 
 
@@ -345,13 +426,15 @@ class Wire:
     `replies` gathers what the protocol itself must answer.
     """
 
-    __slots__ = ("ended", "replies")
+    __slots__ = ("caller", "ended", "forwards", "replies")
 
     PING = b""  # a sign of life
 
     def __init__(self) -> None:
         self.ended = False  # nothing more will be fed
         self.replies = b""
+        self.forwards = False  # the peer is a proxy that we trust, and has not told yet who calls
+        self.caller = ""  # the address that it told
 
     @property
     def opened(self) -> bool:
@@ -371,17 +454,18 @@ class Wire:
         """The next line or event; None where more must be read first."""
         raise NotImplementedError
 
-    def interrupted(self, ahead: bytes) -> bool:
-        """Whether they want to leave at once, as `ahead` says, which was read but is not fed yet.
+    def heed_interrupt(self, ahead: bytes, new: int) -> bool:
+        """Where they pressed Ctrl-C, throw away all that came before it, and have LEAVE come next.
 
-        If so, it is done: all that came before is thrown away, and LEAVE comes next.
+        It is looked for in the `new` last bytes of what was read, but is not fed
+        yet; returns whether it is there, or was fed already.
         """
         return False
 
-    def close(self, words: str, unavailable: bool) -> bytes:
+    def close(self, words: str, status: HTTPStatus) -> bytes:
         """The last bytes: `words`, and a goodbye where the protocol has one.
 
-        `unavailable` says that it is us who can't go on, not them.
+        `status` is what the web calls the reason.
         """
         return self.encode(words)
 
@@ -423,7 +507,8 @@ IAC, WILL, WONT, DO, DONT = b"\xff", b"\xfb", b"\xfc", b"\xfd", b"\xfe"
 # A telnet command that is whole, or the beginning of one at the end of a read (RFC 854).
 TELNET_COMMAND = re.compile(
     rb"""\xff (?: ([\xfb-\xfe]) ([\0-\xff])  # WILL, WONT, DO, DONT and an option
-                | \xfa (?: [^\xff] | \xff[^\xf0] )* (?: \xff\xf0 | (\xff? \Z) )  # SB ... SE
+                | \xfa (?: [^\xff] | \xff\xff )*  # SB ... SE, or another command, as in BSD's
+                  (?: \xff\xf0 | (?= \xff[^\xf0\xff] ) | (\xff? \Z) )
                 | ([^\xfa-\xfe])  # a command of one byte
                 | ([\xfb-\xfe]? \Z) )  # a beginning""",
     re.VERBOSE,
@@ -459,17 +544,23 @@ SWALLOWED = re.compile(
         | [\xe3\xea-\xed] (?=[\x80-\xbf](?![\x80-\xbf])) )  # a Korean one""",
     re.VERBOSE,
 )
-# Ctrl-C among what no command was taken out of yet: IP outside of a character, or the byte
-# itself outside of an option.  (A letter's commands ask for a timing mark each.)
-CONTINUATIONS = [rb"[\x80-\xbf]", rb"\xff[\xec-\xf8]", rb"\xff[\xec-\xf8]\xff\xfd\x06"]
+# A key that leaves, among what no command was taken out of yet: one of the commands, but
+# not inside of a character (whose continuations may be commands, with a timing mark each)
+# nor after an IAC that escapes its own; or Ctrl-C itself, where that is no option.
+LEAD = rb"(?<!\xff)[%b-\xf4]"  # of a character; after an IAC it is a command
+CONTINUATIONS = [
+    byte + mark
+    for byte in (rb"[\x80-\xbf]", rb"\xff[\xec-\xf8]")
+    for mark in (b"", rb"\xff\xfd\x06")
+]
 INSIDE = [
-    rb"[\xc2-\xf4]",
-    *(rb"[\xe0-\xf4]" + second for second in CONTINUATIONS),
-    *(rb"[\xf0-\xf4]" + second + third for second in CONTINUATIONS for third in CONTINUATIONS),
+    LEAD % rb"\xc2",
+    *(LEAD % rb"\xe0" + second for second in CONTINUATIONS),
+    *(LEAD % rb"\xf0" + second + third for second in CONTINUATIONS for third in CONTINUATIONS),
 ]
 INTERRUPT = re.compile(
-    rb"\xff\xf4"
-    + b"".join(rb"(?<!%b\xff\xf4)" % each for each in [IAC, *INSIDE])
+    rb"\xff[\xee\xf3\xf4]"
+    + b"".join(rb"(?<!%b\xff[\xee\xf3\xf4])" % each for each in [IAC, *INSIDE])
     + rb"|\x03(?<!\xff[\xfb-\xfe]\x03)"
 )
 
@@ -560,14 +651,16 @@ class TelnetWire(Wire):
         self.replies = b"".join(replies)
         return bytes(text[before:]) + data[at:]
 
-    def interrupted(self, ahead: bytes) -> bool:
+    def heed_interrupt(self, ahead: bytes, new: int) -> bool:
         if self._key != CTRL_C:
-            data = self._text[-3:] + self._command + ahead
-            key = INTERRUPT.search(data)
+            text = self._text[-3:]  # what stands before a command decides what that one is
+            data = text + self._command + ahead
+            key = INTERRUPT.search(data, max(len(text), len(data) - new - 1)) if new else None
             if not key:
                 return False
+            # With the timing mark that follows, and that telnet waits for.
             self._text = self._command = self._key = b""
-            self.feed(data[key.start() :][:BYTES_A_TOKEN])  # with the timing mark they wait for
+            self.feed(data[key.start() :][:BYTES_A_TOKEN])
         self._text, self._at, self._skipping = b"", 0, False
         return True
 
@@ -579,7 +672,6 @@ class TelnetWire(Wire):
                 self._at, self._skipping = stop, True
                 return TOO_LONG
             if end < 0:
-                # What stands before a command decides what that one is.
                 self._text, self._at = self._text[-3 if self._skipping else start :], 0
                 return LEAVE if self._key or self.ended else None
             self._at = end + 1
@@ -603,7 +695,8 @@ class State(enum.Enum):
                     web request, a line that is too
                     long, no name in time
     CHATTING        /quit, Ctrl-C, Ctrl-D, the end of   CLOSING; the others read of it
-                    the stream, being dropped
+                    the stream, being dropped or
+                    thrown out
     CLOSING         all that was owed is sent and the   forgotten
                     peer has hung up, or time is up
     """
@@ -616,18 +709,78 @@ class State(enum.Enum):
 AWAITING_NAME, CHATTING, CLOSING = State
 
 
+class TokenBucket:
+    """Holds BURST_SECONDS' worth of tokens, and is filled with `rate` tokens a second.
+
+    It may be overdrawn once; then it is empty until that is made up for.
+    """
+
+    __slots__ = ("rate", "ready_at")
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate  # 0 is no limit
+        self.ready_at: float = -BURST_SECONDS  # from when on there is something in it
+
+    @property
+    def full_at(self) -> float:
+        """From when on it is full."""
+        return self.ready_at + BURST_SECONDS
+
+    def spend(self, tokens: float, now: float) -> None:
+        if self.rate:
+            self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
+
+
+class Address:
+    """What is kept of an address, or of an IPv6 /64, which counts as one.
+
+    It is kept until nobody is there, it is not banned, and its bucket is full
+    again, so that to come back does not fill it.
+    """
+
+    __slots__ = ("banned_by", "banned_until", "bucket", "connections", "leaving", "name")
+
+    def __init__(self, name: str, rate: int) -> None:
+        self.name = name
+        self.bucket = TokenBucket(ADDRESS_SHARE * rate)
+        self.connections = 0
+        self.leaving: dict[Person, None] = {}  # of them, who is CLOSING
+        self.banned_until = 0.0  # nobody may come in before
+        self.banned_by = ""
+
+    def banned_minutes(self, now: float) -> int:
+        """For how long it is still banned; 0 where it is not."""
+        return max(0, math.ceil((self.banned_until - now) / 60))
+
+
+def address_group(host: str) -> str:
+    """What a caller's address counts as: itself, an IPv6 /64, or "" for this very box.
+
+    Raises ValueError where it is none.
+    """
+    address = ipaddress.ip_address(host.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_loopback:
+        return ""
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 class Person:
     """What the chat knows of somebody."""
 
-    __slots__ = ("name", "origin", "outbox", "state", "tries", "wire")
+    __slots__ = ("address", "name", "operator", "origin", "outbox", "state", "tries", "wire")
 
     def __init__(self, origin: str, log: Log) -> None:
         self.origin = origin  # where they call from, for our own log
+        self.address: Address | None = None  # None for who calls from this very box
         self.wire = log.wire()
         self.outbox = Outbox(log)
         self.state = AWAITING_NAME
         self.name = ""
-        self.tries = 0  # names that were refused
+        self.tries = 0  # names that were refused; inside, passwords
+        self.operator = False
 
 
 class Refusal(Exception):
@@ -638,6 +791,7 @@ class Refusal(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+GIVES_PASSWORD = re.compile(r"/op(\s|\Z)", re.IGNORECASE)  # what stands there is never said
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 RESERVED_NAMES = {"you", "batchat"}  # private lines call their reader so, and notices this room
 
@@ -669,11 +823,27 @@ def check_name(text: str) -> str:
     return name
 
 
+def help_for(operator: bool) -> str:
+    """What may be typed."""
+    rows = [
+        (f"{command} {takes}", does)
+        for command, (takes, does, whose) in COMMANDS.items()
+        if operator or whose == EVERYONE
+    ]
+    width = max(len(typed) for typed, _ in rows) + 3
+    return "".join(f"* {typed:<{width}}{does}\n" for typed, does in rows)
+
+
 class Chat:
     """The room: who is in it, what they say, and who hears it."""
 
-    def __init__(self, wires: Iterable[type[Wire]]) -> None:
-        self.logs = {wire: Log(wire) for wire in wires}
+    def __init__(
+        self, wires: Iterable[type[Wire]], settings: Settings, clock: Callable[[], float]
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.logs = {wire: Log(wire, settings.history) for wire in wires}
+        self.addresses: dict[str, Address] = {}  # by address_group
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         # Those who were told something or let go, since somebody last saw to them.
         self.changed: dict[Person, None] = {}
@@ -695,12 +865,15 @@ class Chat:
         """Show everyone what a person does, but neither their own words to them nor
         anything of somebody to those who ignore them, until they quit."""
         line = words.format(person.name, text)
+        said = words in (SAID, DID)
         for log in self.logs.values():
             if log.listeners:
                 log.append(log.wire.encode(line))
+            if said and self.settings.history:
+                log.history.append(person.origin, line)
         for each in self._ignorers.get(person, ()):
             each.outbox.skip_newest()
-        if words in (SAID, DID):
+        if said:
             person.outbox.skip_newest()
 
     def ping(self) -> None:
@@ -712,7 +885,7 @@ class Chat:
     # Coming and going
 
     def greet(self, person: Person) -> None:
-        self.tell(person, GREETING)
+        self.tell(person, GREETING.format(self.settings.welcome))
 
     def _enter(self, person: Person, text: str) -> None:
         try:
@@ -724,21 +897,27 @@ class Chat:
             else:
                 self.leave(person, "gave no good name", f"* {why}\n{GOODBYE}")
             return
-        person.name = name
+        person.name, person.tries = name, 0
         self.happen(JOINED, person)  # before they come in and would read it
         person.state = CHATTING
         self.people[name_key(name)] = person
         person.outbox.log.listeners[person] = None
         person.outbox.enter()
         self.tell(person, HEY.format(name))
+        self.reply(person, person.outbox.log.history.shown())
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def leave(
-        self, person: Person, why: str, words: str = "", *, unavailable: bool = False
+        self,
+        person: Person,
+        why: str,
+        words: str = "",
+        status: HTTPStatus = HTTPStatus.OK,
+        thrown_out_by: str = "",
     ) -> None:
         """Let a person go with some last `words`; the others read that they went.
 
-        `why` is for our own log; `unavailable` says that we can't go on, not they.
+        `why` is for our own log; `status` is what the web calls it.
         """
         if person.state is CHATTING:
             del self.people[name_key(person.name)]
@@ -747,13 +926,13 @@ class Chat:
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            self.happen(QUIT, person)
+            self.happen(THROWN_OUT if thrown_out_by else QUIT, person, thrown_out_by)
             here = len(self.people)
             logger.info("%s left: %s (%s, %d here)", person.name, why, person.origin, here)
         else:
             logger.debug("%s left before joining: %s", person.origin, why)
         person.state = CLOSING
-        self.reply(person, person.wire.close(words, unavailable))
+        self.reply(person, person.wire.close(words, status))
 
     def close(self, everyone: Iterable[Person]) -> None:
         """Let everyone go; nobody reads that the others went."""
@@ -761,7 +940,7 @@ class Chat:
             log.listeners.clear()
         for person in everyone:
             if person.state is not CLOSING:
-                self.leave(person, "the room closes", SHUTDOWN, unavailable=True)
+                self.leave(person, "the room closes", SHUTDOWN, HTTPStatus.SERVICE_UNAVAILABLE)
 
     # The state machine
 
@@ -773,13 +952,15 @@ class Chat:
             elif person.state is CHATTING:
                 if isinstance(event, WireEvent):
                     raise Refusal(f"A line has at most {LINE_LIMIT} bytes; yours was not sent.")
-                if not event.startswith("/"):
-                    if event.strip():
-                        self.happen(SAID, person, event)
+                text = event.lstrip()
+                if not text:
+                    pass  # a blank line is not said
                 elif event.startswith("//"):
                     self.happen(SAID, person, event[1:])
+                elif event[0] == "/" or (text[0] == "/" and GIVES_PASSWORD.match(text)):
+                    self._command(person, text)
                 else:
-                    self._command(person, event)
+                    self.happen(SAID, person, event)
             elif person.state is AWAITING_NAME:
                 if event is OPENED:
                     self.greet(person)
@@ -814,18 +995,23 @@ class Chat:
     def _command(self, person: Person, line: str) -> None:
         command, rest = [*line.split(None, 1), ""][:2]
         command, rest = command.lower(), rest.strip()
-        if command not in COMMANDS:
+        takes, _, whose = COMMANDS.get(command, ("", "", None))
+        if not (
+            whose == EVERYONE
+            or (whose == OPERATORS and person.operator)
+            or (command == "/op" and self.settings.password)
+        ):
             raise Refusal(f"There is no command {command}; /help shows those there are.")
-        takes = COMMANDS[command][0]
-        if len(rest.split(None, 1)) < len(takes.split()):
+        if len(rest.split(None, 1)) < len(takes.partition("[")[0].split()):
             raise Refusal(f"It goes like this: {command} {takes}")
         getattr(self, "_do_" + command[1:])(person, rest)
 
     def _do_help(self, person: Person, rest: str) -> None:
-        self.tell(person, HELP)
+        self.tell(person, help_for(person.operator))
 
     def _do_who(self, person: Person, rest: str) -> None:
-        names = [self.people[key].name for key in sorted(self.people)]
+        people = [self.people[key] for key in sorted(self.people)]
+        names = ["@" * each.operator + each.name for each in people]
         self.tell(person, f"* {len(names)} here: {', '.join(names)}\n")
 
     def _do_me(self, person: Person, rest: str) -> None:
@@ -863,6 +1049,76 @@ class Chat:
     def _do_quit(self, person: Person, rest: str) -> None:
         self.leave(person, "quit")
 
+    # The operators' commands
+
+    def _do_op(self, person: Person, rest: str) -> None:
+        from hmac import compare_digest  # here, for it takes 4 MB that few need
+
+        if compare_digest(rest.encode(), self.settings.password.encode()):
+            person.operator = True
+            logger.info("%s is an operator (%s)", person.name, person.origin)
+            self.tell(person, "* You are an operator now; /help shows what that is.\n")
+            return
+        logger.info("%s gave a wrong password (%s)", person.name, person.origin)
+        person.tries += 1
+        if person.tries == PASSWORD_TRIES:
+            self.leave(person, "gave no right password", f"* {WRONG_PASSWORD}\n{GOODBYE}")
+        else:
+            raise Refusal(WRONG_PASSWORD)
+
+    def _do_kick(self, person: Person, rest: str) -> None:
+        name, why = [*rest.split(None, 1), ""][:2]
+        self._throw_out(self._find(name), person, why)
+
+    def _throw_out(self, other: Person, person: Person, why: str) -> None:
+        if other is person:
+            raise Refusal("You can't throw out yourself; /quit leaves.")
+        by = f"{person.name}: {why}" if why else person.name
+        log_line = f"thrown out by {person.name}, {person.origin}"
+        self.leave(other, log_line, THROW_OUT.format(by), thrown_out_by=by)
+
+    def _do_ban(self, person: Person, rest: str) -> None:
+        name, given = [*rest.split(None, 1), ""][:2]
+        other, now = self._find(name), self.clock()
+        address = other.address
+        try:
+            minutes = int(given or BAN_MINUTES)
+        except ValueError:
+            minutes = 0
+        if not 1 <= minutes <= LONGEST_BAN:
+            raise Refusal(f"A ban takes from 1 to {LONGEST_BAN} minutes.")
+        if sum(1 for each in self.addresses.values() if each.banned_minutes(now)) >= BANS_LIMIT:
+            raise Refusal(f"There are {BANS_LIMIT} bans already; /unban ends one.")
+        self._throw_out(other, person, f"banned for {minutes} min" if address else "")
+        for log in self.logs.values():
+            log.history.forget(other.origin)
+        if address is None:
+            raise Refusal(f"{other.name} called from this very box, which can't be banned.")
+        address.banned_until, address.banned_by = now + 60 * minutes, person.name
+        logger.info("%s banned %s for %d min", person.name, address.name, minutes)
+        still_here = sum(1 for each in self.people.values() if each.address is address)
+        banned = f"{address.name} is banned for {minutes} min"
+        self.tell(person, f"* {banned}; from there are still here: {still_here}.\n")
+
+    def _do_bans(self, person: Person, rest: str) -> None:
+        bans = [(each, each.banned_minutes(self.clock())) for each in self.addresses.values()]
+        lines = [
+            f"* {each.name} is banned for another {minutes} min, by {each.banned_by}.\n"
+            for each, minutes in bans
+            if minutes
+        ]
+        self.tell(person, "".join(lines) or "* No address is banned.\n")
+
+    def _do_unban(self, person: Person, rest: str) -> None:
+        address = None
+        with contextlib.suppress(ValueError):  # it is no address
+            address = self.addresses.get(address_group(rest.partition("/")[0]))
+        if not address or not address.banned_minutes(self.clock()):
+            raise Refusal(f"{rest} is not banned.")
+        address.banned_until = 0
+        logger.info("%s took back the ban of %s", person.name, address.name)
+        self.tell(person, f"* {address.name} is no longer banned.\n")
+
 
 # --------------------------------------------------------------------------
 # 6. The reactor
@@ -889,73 +1145,27 @@ SOCKET_OPTIONS = [
 ABORT = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # what SO_LINGER takes
 
 
-class Limits(NamedTuple):
-    """What whoever runs the server may set."""
-
-    rate: int  # lines a second from one person; 0 is no limit
-    max_people: int
-    max_per_address: int  # connections; 0 is no limit
-
-
-class TokenBucket:
-    """Holds BURST_SECONDS' worth of tokens, and is filled with `rate` tokens a second.
-
-    It may be overdrawn once; then it is empty until that is made up for.
-    """
-
-    __slots__ = ("rate", "ready_at")
-
-    def __init__(self, rate: int) -> None:
-        self.rate = rate  # 0 is no limit
-        self.ready_at: float = -BURST_SECONDS  # from when on there is something in it
-
-    @property
-    def full_at(self) -> float:
-        """From when on it is full."""
-        return self.ready_at + BURST_SECONDS
-
-    def spend(self, tokens: float, now: float) -> None:
-        if self.rate:
-            self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
-
-
-class Address:
-    """What is kept of an address, or of an IPv6 /64, which counts as one.
-
-    It is kept until nobody is there and its bucket is full again, so that to
-    come back does not fill it.
-    """
-
-    __slots__ = ("bucket", "connections", "leaving")
-
-    def __init__(self, rate: int) -> None:
-        self.bucket = TokenBucket(ADDRESS_SHARE * rate)
-        self.connections = 0
-        self.leaving: dict[Connection, None] = {}  # of them, who is CLOSING
-
-
-def address_group(host: str) -> str:
-    """What a caller's address counts as: itself, an IPv6 /64, or "" for this very box."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_loopback:
-        return ""
-    prefix = 32 if address.version == 4 else 64
-    return str(ipaddress.ip_network((address, prefix), strict=False))
-
-
 class Connection(Person):
     """A person, and the socket they are at."""
 
-    __slots__ = ("address", "bucket", "ended", "since", "sock", "turned_away", "unheard", "watched")
+    __slots__ = (
+        "bucket",
+        "ended",
+        "since",
+        "sock",
+        "turned_away",
+        "unheard",
+        "unsearched",
+        "watched",
+    )
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log)
         self.sock = sock
         self.bucket = TokenBucket(rate)
-        self.address: Address | None = None  # None for who calls from this very box
         self.turned_away = False
         self.unheard = b""  # what we have read, but not given to the wire yet
+        self.unsearched = 0  # bytes at its end in which we have not looked for Ctrl-C
         self.ended = False  # there is no more to read
         self.since = now  # when they called, were lost, or began to leave
         self.watched = 0  # the events that the selector was asked for
@@ -985,16 +1195,15 @@ class Reactor:
     def __init__(
         self,
         doors: dict[socket.socket, type[Wire]],
-        limits: Limits,
+        settings: Settings,
         selector: selectors.BaseSelector | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.doors = doors  # the sockets that listen, and what is spoken there
-        self.limits = limits
+        self.settings = settings
         self.selector = selector or selectors.DefaultSelector()
         self.clock = clock
-        self.chat = Chat(doors.values())
-        self.addresses: dict[str, Address] = {}  # by address_group
+        self.chat = Chat(doors.values(), settings, clock)
 
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
         self.leaving: dict[Connection, None] = {}  # of them, who is CLOSING
@@ -1098,11 +1307,12 @@ class Reactor:
                 return
             if self._heard_at(connection) <= self.now:
                 self._guard(self._listen_to, connection)
-            elif connection in self.chat.changed:  # they may have pressed Ctrl-C
+            elif connection.unsearched:  # they may have pressed Ctrl-C
                 self._guard(self._take_lines, connection)
 
     def _send_news(self, log: Log) -> None:
         """Send those who follow a log what it got since the last turn, each in one system call."""
+        log.history.made = 0
         offered, end = log.offered, log.end
         size = end - offered
         if not size:
@@ -1162,9 +1372,10 @@ class Reactor:
         if pings:
             self.ping_at = self.now + PING_SECONDS
             self.chat.ping()
-        for group, address in list(self.addresses.items()):
-            if not address.connections and address.bucket.full_at <= self.now:
-                del self.addresses[group]
+        for address in list(self.chat.addresses.values()):
+            needed = max(address.bucket.full_at, address.banned_until)
+            if not address.connections and needed <= self.now:
+                del self.chat.addresses[address.name]
         for connection in list(self.in_line):
             self._guard(self._look_for_loss, connection)
         for connection in list(self.connections):
@@ -1178,7 +1389,8 @@ class Reactor:
         if connection.state is CLOSING or connection.outbox.deaf:
             self._drop(connection, "is gone")
         else:
-            self._dismiss(connection, NAMELESS if connection.wire.opened else TOO_SLOW)
+            words = NAMELESS if connection.wire.opened else TOO_SLOW
+            self._dismiss(connection, words, HTTPStatus.REQUEST_TIMEOUT)
             self._settle(connection)
 
     # The doors
@@ -1215,35 +1427,49 @@ class Reactor:
                 host = host[7:] if host.startswith("::ffff:") else host  # IPv4, at a door for both
                 log = self.chat.logs[self.doors[door]]
                 origin = f"{host} port {port}"
-                connection = Connection(sock, origin, log, self.limits.rate, self.now)
+                connection = Connection(sock, origin, log, self.settings.rate, self.now)
                 self.connections[connection] = None
                 self._guard(self._admit, connection, host)
 
     def _admit(self, connection: Connection, host: str) -> None:
         """Greet a caller, or tell them why they can't come in."""
         connection.sock.setblocking(False)
-        group, limits = address_group(host), self.limits
-        if group:
-            if group not in self.addresses:
-                self.addresses[group] = Address(limits.rate)
-            address = self.addresses[group]
-            address.connections += 1
-            connection.address = address
-            from_there = address.connections - len(address.leaving)
-        if len(self.connections) - len(self.leaving) > limits.max_people:
-            self._turn_away(connection, FULL)
-        elif group and 0 < limits.max_per_address < from_there:
-            self._turn_away(connection, CROWDED)
-        else:
+        self._count_in(connection, host)
+        connection.wire.forwards = self.settings.behind_proxy and not connection.address
+        if connection.state is not CLOSING:
             self._set_options(connection.sock)
             if connection.wire.opened:
                 self.chat.greet(connection)
         self._settle(connection)
-        # Where too many take leave, the first to whom nothing is owed goes at once.
-        if len(self.connections) > limits.max_people + LOBBY:
-            self._forget(min(self.leaving, key=lambda each: each.outbox.owes))
-        elif group and 0 < limits.max_per_address < len(address.leaving):
-            self._forget(min(address.leaving, key=lambda each: each.outbox.owes))
+        self._make_room(connection)
+
+    def _count_in(self, connection: Connection, host: str) -> None:
+        """Find out from where somebody calls, and turn them away where that is too much."""
+        chat, settings, group = self.chat, self.settings, address_group(host)
+        banned = from_there = 0
+        if group:
+            if group not in chat.addresses:
+                chat.addresses[group] = Address(group, settings.rate)
+            address = connection.address = chat.addresses[group]
+            address.connections += 1
+            from_there = address.connections - len(address.leaving)
+            banned = address.banned_minutes(self.now)
+        if banned:
+            self._turn_away(connection, BANNED.format(banned), HTTPStatus.FORBIDDEN)
+        elif len(self.connections) - len(self.leaving) > settings.max_people:
+            self._turn_away(connection, FULL)
+        elif 0 < settings.max_per_address < from_there:
+            self._turn_away(connection, CROWDED)
+
+    def _make_room(self, caller: Connection) -> None:
+        """Where too many take leave, the first to whom nothing is owed goes at once."""
+        crowd: dict[Person, None] = {}
+        if len(self.connections) > self.settings.max_people + LOBBY:
+            crowd = cast("dict[Person, None]", self.leaving)
+        elif caller.address and 0 < self.settings.max_per_address < len(caller.address.leaving):
+            crowd = caller.address.leaving
+        if crowd:
+            self._forget(cast(Connection, min(crowd, key=lambda each: each.outbox.owes)))
 
     def _set_options(self, sock: socket.socket) -> None:
         for option in SOCKET_OPTIONS:
@@ -1253,13 +1479,18 @@ class Reactor:
                 if error.errno != errno.ENOPROTOOPT:  # a kernel that does not know it does without
                     raise
 
-    def _turn_away(self, connection: Connection, words: str) -> None:
+    def _turn_away(
+        self,
+        connection: Connection,
+        words: str,
+        status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE,
+    ) -> None:
         connection.turned_away = True
-        self._dismiss(connection, words, unavailable=True)
+        self._dismiss(connection, words, status)
 
-    def _dismiss(self, connection: Connection, words: str, unavailable: bool = False) -> None:
+    def _dismiss(self, connection: Connection, words: str, status: HTTPStatus) -> None:
         """Have somebody leave who has no name yet, and tell them why."""
-        self.chat.leave(connection, words.strip("* \n"), words, unavailable=unavailable)
+        self.chat.leave(connection, words.strip("* \n"), words, status)
 
     # One connection
 
@@ -1283,7 +1514,8 @@ class Reactor:
             return self.now  # it is thrown away
         outbox = connection.outbox
         # Our own log stands for all: a line adds about the same to each.
-        if self.held or outbox.log.news > TURN_LIMIT or outbox.private_bytes > PRIVATE_LIMIT:
+        new = outbox.log.news + outbox.log.history.made
+        if self.held or new > TURN_LIMIT or outbox.private_bytes > PRIVATE_LIMIT:
             return NEVER
         if connection.address:
             return max(connection.bucket.ready_at, connection.address.bucket.ready_at)
@@ -1304,11 +1536,20 @@ class Reactor:
         except OSError as error:
             if connection not in self.in_line:
                 raise
-            self._lose(connection, error)
+            self._lose(connection, error)  # for what they sent before may still be said
             data = b""
         connection.unheard += data
+        connection.unsearched += len(data)
         connection.ended = not data
         self.in_line.setdefault(connection)
+
+    def _forward(self, connection: Connection) -> None:
+        """Somebody calls through a proxy on this very box, which has told for whom."""
+        caller = connection.wire.caller
+        connection.origin = f"{caller} by way of {connection.origin}"
+        self._count_in(connection, caller)
+        self._settle(connection)
+        self._make_room(connection)
 
     def _listen_to(self, connection: Connection) -> None:
         """Take lines of somebody whose turn it is; what is left waits for the next one."""
@@ -1324,16 +1565,20 @@ class Reactor:
         At a time it gives the wire no more than a token buys, or all, where there
         is no limit: so that those who send what is laborious do not keep the rest.
         """
-        wire, rate = connection.wire, self.limits.rate
+        wire, rate = connection.wire, self.settings.rate
         helping = BYTES_A_TOKEN if rate else READ_SIZE
         while connection.state is not CLOSING:
-            if self._heard_at(connection) > self.now and not wire.interrupted(connection.unheard):
-                return False
+            if self._heard_at(connection) > self.now:
+                new, connection.unsearched = connection.unsearched, 0
+                if not wire.heed_interrupt(connection.unheard, new):
+                    return False
             event, name = wire.next(), connection.name
             if wire.replies:
                 self.chat.reply(connection, wire.replies)
                 wire.replies = b""
-            if event is not None:
+            if event is FORWARDED:
+                self._forward(connection)
+            elif event is not None:
                 self.chat.handle(connection, event)
                 # Blank lines are free for who is lost, or they would hold a name for nothing.
                 if rate and (event or not connection.outbox.deaf):
@@ -1409,7 +1654,8 @@ class Reactor:
         if not connection.outbox.deaf:
             level = logging.INFO if connection.state is CHATTING else logging.DEBUG
             logger.log(level, "%s takes nothing any more: %s", connection.origin, error.strerror)
-            connection.since = self.now
+            if connection.state is not CLOSING:
+                connection.since = self.now
             connection.outbox.deafen()
             self._shut(connection, socket.SHUT_RDWR)
 
@@ -1478,6 +1724,11 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def one_line(text: str) -> str:
+    """An argparse type: text as it may stand on anybody's screen."""
+    return clean(text.encode("utf-8", "replace").decode())
+
+
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """What the command line asks for; exits with 2 where it makes no sense."""
     parser = argparse.ArgumentParser(
@@ -1485,28 +1736,60 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         description="A chat room that people join with telnet or a browser.",
         epilog="Ctrl-C closes the room: everyone is told, and is sent all that they are owed.",
     )
-    count = whole_number(0, 1_000_000)
-    for flag, kind, default, what in [
-        ("--port", whole_number(0, 65535), 1337, "port to listen on; 0 takes a free one"),
+    port, count = whole_number(0, 65535), whole_number(0, 1_000_000)
+    rows: list[tuple[str, str, Callable[[str], object], object, str]] = [
         (
-            "--web-port",
-            whole_number(0, 65535),
+            "--host",
+            "ADDRESS",
+            str,
             None,
+            "address to listen on (default: every one, IPv4 and IPv6)",
+        ),
+        ("--port", "N", port, 1337, "port to listen on; 0 takes a free one"),
+        (
+            *("--web-port", "N", port, None),
             f"port for browsers (default: {WEB_PORT}, or any if it is taken)",
         ),
-        ("--rate", count, 10, "lines a second that one person may send; 0 is no limit"),
-        ("--max-people", count, 0, "people at a time; 0 is as many as the system allows"),
-        ("--max-per-address", count, 100, "connections from one address; 0 is no limit"),
-    ]:
+        ("--rate", "N", count, 10, "lines a second that one person may send; 0 is no limit"),
+        ("--max-people", "N", count, 0, "people at a time; 0 is as many as the system allows"),
+        ("--max-per-address", "N", count, 100, "connections from one address; 0 is no limit"),
+        (
+            *("--history", "N", whole_number(0, HISTORY_LINES), 0),
+            f"lines said before that newcomers read, at most {HISTORY_LINES}",
+        ),
+        ("--welcome", "TEXT", one_line, WELCOME, "what callers read first"),
+        (
+            *("--password-file", "FILE", str, None),
+            "its first line makes an operator of whoever types /op and that",
+        ),
+    ]
+    for flag, value, kind, default, what in rows:
         text = what if default is None else f"{what} (default: %(default)s)"
-        parser.add_argument(flag, metavar="N", type=kind, default=default, help=text)
+        parser.add_argument(flag, metavar=value, type=kind, default=default, help=text)
     parser.add_argument(
-        "--host", metavar="ADDRESS", help="address to listen on (default: every one, IPv4 and IPv6)"
+        "--behind-proxy",
+        action="store_true",
+        help="trust X-Forwarded-For of browsers that call from this very box",
     )
     parser.add_argument("--no-web", action="store_true", help="open no door for browsers")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more of what happens")
     parser.add_argument("--version", action="version", version=f"BATCHAT {__version__}")
     return parser.parse_args(arguments)
+
+
+def read_password(path: str) -> str:
+    """The first line of a file; raises OSError, or ValueError where there is none in UTF-8."""
+    with open(path, "rb") as file:
+        line = file.readline(LINE_LIMIT)
+        if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+            logger.warning("everybody on this box can read %s", path)
+    try:
+        password = clean(line.decode()).strip()
+    except UnicodeDecodeError:
+        raise ValueError("that is no UTF-8") from None
+    if not password:
+        raise ValueError("its first line is empty")
+    return password
 
 
 def raise_descriptor_limit() -> int:
@@ -1653,8 +1936,21 @@ def main(arguments: list[str] | None = None) -> int:
     if most < 1:
         print("batchat: too few descriptors are allowed; see ulimit -n", file=sys.stderr)
         return 1
-    people = min(most, options.max_people or most)
-    limits = Limits(options.rate, people, options.max_per_address)
+    try:
+        password = read_password(options.password_file) if options.password_file else ""
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error.args[0]
+        print(f"batchat: no password in {options.password_file}: {why}", file=sys.stderr)
+        return 1
+    settings = Settings(
+        options.rate,
+        min(most, options.max_people or most),
+        options.max_per_address,
+        options.history,
+        options.welcome,
+        password,
+        options.behind_proxy,
+    )
     host, port = options.host, options.port
     try:
         doors: dict[socket.socket, type[Wire]] = {open_listener(host, port): TelnetWire}
@@ -1668,7 +1964,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"batchat: can't listen on {host or 'any address'}, port {port}: {why}", file=sys.stderr
         )
         return 1
-    reactor = Reactor(doors, limits)
+    reactor = Reactor(doors, settings)
     stop_on_signals(reactor)
     announce(opening_line(host, list(doors)))
     return 0 if reactor.run() else 1
@@ -1686,6 +1982,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) (\S+) HTTP/1\.(\d)")
 CONTROL = re.compile(r"[\0-\x08\n-\x1f\x7f]")  # all but HTAB
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 WEBSOCKET_VERSION = "13"
+Request = Tuple[str, str, str, Dict[str, str]]
 
 
 class HTTPError(Exception):
@@ -1739,14 +2036,30 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
     return fields
 
 
-def answer(request: bytes) -> tuple[bytes, bool]:
-    """What to answer to a request's head, and whether it opens a WebSocket; raises HTTPError."""
-    line, *lines = LINE_BREAK.split(request.decode("latin-1"))[:-2]
+def parse_request(head: bytes) -> Request:
+    """Method, target, minor version and fields (RFC 9112, section 2.1); raises HTTPError."""
+    line, *lines = LINE_BREAK.split(head.decode("latin-1"))[:-2]
     found = REQUEST_LINE.fullmatch(line)
     if not found:
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     method, target, minor = found.groups()
-    fields = parse_fields(lines)
+    return method, target, minor, parse_fields(lines)
+
+
+def forwarded_for(fields: dict[str, str]) -> str:
+    """Who calls, as the nearest proxy tells; empty where none does; raises HTTPError."""
+    addresses = fields.get("x-forwarded-for")
+    try:
+        if addresses is None:
+            return ""
+        return str(ipaddress.ip_address(addresses.rpartition(",")[2].strip()))
+    except ValueError:
+        raise HTTPError(HTTPStatus.BAD_REQUEST) from None
+
+
+def answer(request: Request) -> tuple[bytes, bool]:
+    """What to answer, and whether that opens a WebSocket; raises HTTPError."""
+    method, target, minor, fields = request
     try:
         path = urllib.parse.urlsplit(target).path
     except ValueError:
@@ -1925,13 +2238,13 @@ class WebWire(Wire):
             self.replies += self._end(error.args[0])
             return LEAVE
 
-    def close(self, words: str, unavailable: bool) -> bytes:
+    def close(self, words: str, status: HTTPStatus) -> bytes:
         if self._state is REQUEST and words:
             self._state = NOTHING
-            late, full = HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.SERVICE_UNAVAILABLE
-            return respond(full if unavailable else late, "plain", words)
+            return respond(status, "plain", words)
         if self._state is FRAMES:
-            code = CloseCode.GOING_AWAY if unavailable else CloseCode.NORMAL
+            full = status is HTTPStatus.SERVICE_UNAVAILABLE
+            code = CloseCode.GOING_AWAY if full else CloseCode.NORMAL
             return self.encode(words) + self._end(code)
         return b""  # the protocol has had its last word
 
@@ -1946,17 +2259,22 @@ class WebWire(Wire):
         size = end.end() if end else len(self._data)
         if not end and size <= HEAD_LIMIT:
             return LEAVE if self.ended else None
-        request, self._data = self._data[:size], self._data[size:]
-        opened = False
+        head, opened = self._data[:size], False
         try:
             if size > HEAD_LIMIT:
                 raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            request = parse_request(head)
+            if self.forwards:
+                self.forwards, self.caller = False, forwarded_for(request[3])
+                if self.caller:
+                    return FORWARDED  # it is answered where they may come in
             reply, opened = answer(request)
         except HTTPError as error:
             words = f"{error.status.value} {error.status.phrase}\n"
             reply = respond(error.status, "plain", words, *error.headers)
-        if request.startswith(b"HEAD "):
+        if head.startswith(b"HEAD "):
             reply = reply[: reply.index(b"\r\n\r\n") + 4]
+        self._data = self._data[size:]
         self.replies += reply
         self._state = FRAMES if opened else NOTHING
         return OPENED if opened else LEAVE
@@ -2026,6 +2344,7 @@ p { min-height: 1.45em; white-space: pre-wrap; overflow-wrap: anywhere; }
 .private { color: var(--private); font-style: italic; }
 .name { color: hsl(var(--hue) 65% var(--shade)); font-weight: bold; }
 .action { font-style: italic; }
+.past { opacity: .72; }
 footer { border-top: 1px solid var(--rule); padding: .6rem max(1rem, 50vw - 28rem); }
 input { width: 100%; padding: .5rem .7rem; font: inherit; color: inherit; background: transparent;
   border: 1px solid var(--soft); border-radius: .4rem; }
@@ -2049,7 +2368,8 @@ const words = log.dataset;  // what the room says, with {0} for who and {1} for 
 
 // calling: the line is not open yet, or was lost;  banner: until its first empty line;
 // chatting: we read what is said, and may say something, be it our name;
-// returning: the room asks again for the name that we have;  left: for good.
+// past: we read what was said before we came;  returning: the room asks again for the
+// name that we have;  left: for good.
 let state = "calling";
 let socket;
 let name = "";   // ours, once we have one; we give it again when we come back
@@ -2057,6 +2377,9 @@ let lostAt = 0;  // when we last had it, in milliseconds
 let pause = 1;   // seconds until the next try to come back
 let below = 0;   // new lines under the end of the screen
 let unread = 0;  // new lines since the tab was hidden
+let past = [];   // what was said before we came
+let heard = [];  // what we have read since then, as the room says it ...
+let said = [];   // ... and what we have said
 
 function connect() {
   const url = new URL("chat", location.href);
@@ -2093,8 +2416,37 @@ function receive(text) {
   if (hey) { name = hey[1]; pause = 1; }
   if (renamed && renamed[1] === name) name = renamed[2];
   if (state === "banner" && text === "") state = "chatting";
-  show(text, state === "banner" ? "banner" : kindOf(text));
+  if (text.startsWith(words.before.split("{")[0])) { state = "past"; past = []; }
+  if (state === "past") {
+    past.push(text);
+    if (text === words.now) { state = "chatting"; showPast(); }
+    return;
+  }
+  const kind = state === "banner" ? "banner" : kindOf(text);
+  if (/^(<|\*\* )/.test(text)) keep(heard, text);
+  show(text, kind);
 }
+
+// Show what was said before we came, but not what is on the screen already.
+function showPast() {
+  const [first, ...lines] = past, last = lines.pop();
+  const others = lines.map((line, at) => [line.slice(6), at]).filter(([line]) => !isOurs(line));
+  let from = 0, matching = 0;
+  for (let end = others.length; end > 0; end -= 1) {
+    let same = 0;
+    while (same < end && others[end - 1 - same][0] === heard[heard.length - 1 - same]) same += 1;
+    if (same > matching) { matching = same; from = others[end - 1][1] + 1; }
+  }
+  const isOnScreen = line => isOurs(line) && said.includes(line);
+  const news = lines.slice(from).filter(line => !isOnScreen(line.slice(6)));
+  if (!news.length) return;
+  for (const line of [first, ...news, last]) show(line, "past");
+  for (const line of news) keep(heard, line.slice(6));
+}
+
+function keep(lines, line) { if (lines.push(line) > LINES_KEPT) lines.shift(); }
+
+function isOurs(line) { return line.startsWith(`<${name}> `) || line.startsWith(`** ${name} `); }
 
 // What stands in `text` for {0} and {1} of `pattern`; null where it is something else.
 function find(pattern, text) {
@@ -2126,8 +2478,9 @@ function show(text, kind) {
   }
   log.append(line);
   if (log.childElementCount > LINES_KEPT) log.firstElementChild.remove();
-  if (stay || kind === "own") toEnd(); else below += 1;
-  if (document.hidden) unread += 1;
+  const news = kind === "past" ? 0 : 1;
+  if (stay || kind === "own") toEnd(); else below += news;
+  if (document.hidden) unread += news;
   count();
 }
 
@@ -2155,6 +2508,8 @@ function say(text) {
     return;
   }
   socket.send(text);
+  const me = /^\/me +(.*)$/i.exec(text);
+  keep(said, me ? `** ${name} ${me[1]}` : `<${name}> ${text.replace("//", "/")}`);
   show(text, "own");
 }
 
@@ -2194,7 +2549,7 @@ PAGE = f"""<!DOCTYPE html>
 <style>{STYLE}</style>
 <main role="log" aria-label="The chat" aria-live="polite" tabindex="0"
   data-prompt="{PROMPT}" data-hey="{HEY.strip()}" data-renamed="{RENAMED.strip()}"
-  data-taken="{TAKEN}" data-line-limit="{LINE_LIMIT}"></main>
+  data-taken="{TAKEN}" data-before="{BEFORE.strip()}" data-now="{NOW.strip()}" data-line-limit="{LINE_LIMIT}"></main>
 <footer>
 <button id="more" type="button" hidden></button>
 <p id="status" role="status"></p>

@@ -43,9 +43,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batchat
-from batchat import LEAVE, OPENED, TOO_LONG, Chat, Limits, Log, Outbox, TelnetWire, WebWire, Wire
+from batchat import LEAVE, OPENED, TOO_LONG, Chat, Log, Outbox, Settings, TelnetWire, WebWire, Wire
 
 BATCHAT = Path(batchat.__file__)
+GREETING = batchat.GREETING.format(batchat.WELCOME)
 PATIENCE = 20  # seconds that a test waits for what must come, before it gives up
 
 settings.register_profile("batchat", deadline=None)
@@ -129,6 +130,11 @@ def request(changes: dict[str, str | None], line: str = "GET /chat HTTP/1.1") ->
 OPENING = request({})
 
 
+def forwarded(addresses: str | None, line: str = "GET /chat HTTP/1.1") -> bytes:
+    """The same as a proxy passes it on."""
+    return request({"X-Forwarded-For": addresses}, line)
+
+
 def asked(head: bytes) -> tuple[int, dict[str, str], bytes]:
     """What a request gets: the status, the headers, the body."""
     _, reply = events_of(WebWire(), head)
@@ -174,9 +180,12 @@ def sent(*frames: bytes) -> tuple[list, list]:
 class Guest(batchat.Person):
     """Somebody in a chat without sockets, whose screen is read line by line."""
 
-    def __init__(self, chat: Chat) -> None:
-        super().__init__("nowhere", chat.logs[TelnetWire])
+    def __init__(self, chat: Chat, host: str = "", wire: type[Wire] = TelnetWire) -> None:
+        super().__init__(f"{host or 'nowhere'} port 4321", chat.logs[wire])
         self.chat = chat
+        if host:
+            group = batchat.address_group(host)
+            self.address = chat.addresses.setdefault(group, batchat.Address(group, 10))
         chat.handle(self, OPENED)
 
     def types(self, *lines: batchat.Event) -> None:
@@ -192,18 +201,19 @@ class Guest(batchat.Person):
 
 
 class Room:
-    def __init__(self) -> None:
-        self.chat = Chat((TelnetWire, WebWire))
+    def __init__(self, **settings) -> None:
+        self.now = 0.0
+        self.chat = Chat((TelnetWire, WebWire), Settings(**settings), lambda: self.now)
         self.guests: list[Guest] = []
 
-    def caller(self) -> Guest:
+    def caller(self, host: str = "") -> Guest:
         """Somebody who has not given a name yet."""
-        guest = Guest(self.chat)
-        assert guest.reads() == batchat.GREETING
+        guest = Guest(self.chat, host)
+        assert guest.reads() == batchat.GREETING.format(self.chat.settings.welcome)
         return guest
 
-    def join(self, name: str) -> Guest:
-        guest = self.caller()
+    def join(self, name: str, host: str = "") -> Guest:
+        guest = self.caller(host)
         guest.types(name)
         assert guest.state is batchat.State.CHATTING
         self.guests.append(guest)
@@ -238,7 +248,7 @@ class House:
         doors = {socket.create_server(("127.0.0.1", 0)): wire for wire in (TelnetWire, WebWire)}
         self.addresses = {wire: door.getsockname() for door, wire in doors.items()}
         limits = {"rate": 10, "max_people": 1000, "max_per_address": 100, **limits}
-        self.reactor = batchat.Reactor(doors, Limits(**limits), Polling(), lambda: self.now)
+        self.reactor = batchat.Reactor(doors, Settings(**limits), Polling(), lambda: self.now)
         self.callers: list[Caller] = []
 
     def calls(self, sends: bytes, wire: type[Wire] = TelnetWire, buffer: int = 0) -> Caller:
@@ -319,7 +329,7 @@ def assert_nothing_is_kept(reactor: batchat.Reactor) -> None:
     chat = reactor.chat
     assert not any([reactor.connections, reactor.leaving, reactor.in_line, reactor.slow])
     assert not any([chat.people, chat.changed])
-    assert not any(each.connections or each.leaving for each in reactor.addresses.values())
+    assert not any(each.connections or each.leaving for each in reactor.chat.addresses.values())
     assert not any(log.listeners for log in chat.logs.values())
 
 
@@ -361,7 +371,7 @@ class Server(contextlib.AbstractContextManager):
     def join(self, name: str, host: str = "127.0.0.1") -> Line:
         line = self.call(host)
         line.types(name)
-        line.reads(batchat.GREETING + hey(name))
+        line.reads(GREETING + hey(name))
         return line
 
     def ends(self) -> tuple[int, str]:
@@ -542,16 +552,26 @@ def jonny(chromium):
 # are worse than any real ones; beside them runs a model that keeps for everyone a
 # plain list of what they must read.  After every turn the two are compared.
 
-# Limits so small that a few lines reach them.
+# Settings so small that a few lines reach them.
 SMALL = """LINE_LIMIT=100 WINDOW=4096 TOO_FAR_BEHIND=2048 TURN_LIMIT=2048 SPLICE_SIZE=16
-    WHISPER_LIMIT=512 PRIVATE_LIMIT=1024 READ_SIZE=4096 READ_AHEAD=6000 ACCEPT_BATCH=2 LOBBY=2 BYTES_A_TOKEN=128"""
+    WHISPER_LIMIT=512 PRIVATE_LIMIT=1024 READ_SIZE=4096 READ_AHEAD=6000 HISTORY_SIZE=500 BANS_LIMIT=2 ACCEPT_BATCH=2 LOBBY=2 BYTES_A_TOKEN=128"""
 SMALL_LIMITS = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", SMALL)}
-FULL, CROWDED, NAMELESS, TOO_SLOW = DISMISSALS = [
-    getattr(batchat, name).strip("* \n") for name in ["FULL", "CROWDED", "NAMELESS", "TOO_SLOW"]
-]
+DISMISSALS = {
+    getattr(batchat, name).strip("* \n"): status
+    for name, status in [
+        ("FULL", HTTPStatus.SERVICE_UNAVAILABLE),
+        ("CROWDED", HTTPStatus.SERVICE_UNAVAILABLE),
+        ("NAMELESS", HTTPStatus.REQUEST_TIMEOUT),
+        ("TOO_SLOW", HTTPStatus.REQUEST_TIMEOUT),
+        ("BANNED", HTTPStatus.FORBIDDEN),
+    ]
+}
+FULL, CROWDED, NAMELESS, TOO_SLOW, BANNED = DISMISSALS
+SESAME = "sesame"  # the operators' password
 VANISHED_SECONDS = 120  # until the system gives up a peer that is not there any more
 BOUNDLESS = 10**9  # bytes
 START = 1000.0  # on the clock, when a world begins
+TODAY = "2026-11-24 14:02"  # on the wall
 NEVER = batchat.NEVER
 # The system calls that are made for one connection, but for send, whose failure is no end at once.
 CALLS = [
@@ -746,6 +766,7 @@ class Peer:
         self.behind: deque[tuple[int, int]] = deque()
         self.name = ""
         self.tries = 0
+        self.operator = False
         self.ignored: set[Peer] = set()
         self.opened = wire is TelnetWire  # they can read what is said, and are owed a goodbye
         self.events: list = []  # what the server made of what they typed
@@ -791,9 +812,11 @@ class Peer:
 
     def presses_ctrl_c(self) -> None:
         """In telnet, which then shows nothing until its timing mark comes back."""
-        if self.wire is TelnetWire:
+        if self.wire is TelnetWire and not self.pressed:
             self.far.type(b"\xff\xf4\xff\xfd\x06")
-            self.pressed = len(self.far.typed)
+            # Or is it, after what they have typed before, something else?
+            if telnet_by_the_byte(self.far.typed[:-3])[0][-1:] == [LEAVE]:
+                self.pressed = len(self.far.typed)
 
     def ends(self) -> None:
         self.far.ended = True
@@ -850,9 +873,9 @@ class Peer:
             self.behind.popleft()
         return 0 if self.sock.error_seen else sum(size for size, _ in self.behind)
 
-    def last_words(self, words: str, unavailable: bool) -> bytes:
+    def last_words(self, words: str, status: HTTPStatus) -> bytes:
         """What they must get at the very end."""
-        status = HTTPStatus.SERVICE_UNAVAILABLE if unavailable else HTTPStatus.REQUEST_TIMEOUT
+        unavailable = status == HTTPStatus.SERVICE_UNAVAILABLE
         if not self.opened:
             return batchat.respond(status, "plain", words) if words else b""
         goodbye = b""
@@ -864,7 +887,7 @@ class Peer:
     @property
     def reasons(self) -> dict[str, bool]:
         """Why they may be let go when they did not ask for it, and whether that is so."""
-        world, limits = self.world, self.world.reactor.limits
+        world, limits = self.world, self.world.reactor.settings
         # Whoever leaves has their place until the end of the turn.
         here = [
             each
@@ -884,22 +907,28 @@ class Peer:
             NAMELESS: nameless,
             FULL: len(here) > limits.max_people,
             CROWDED: self.group != "" and 0 < limits.max_per_address < len(from_there),
+            BANNED.format(world.banned_minutes(self.group)): world.banned_minutes(self.group) > 0,
             "too far behind": late and world.patience < batchat.LOOK_SECONDS,
         }
 
     @property
+    def was_banned(self) -> bool:
+        return self.why.startswith(BANNED.partition("{")[0])
+
+    @property
     def closing_seconds(self) -> float:
-        away = self.why in (FULL, CROWDED)
+        away = DISMISSALS.get(BANNED if self.was_banned else self.why, 0)
+        away = away in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.FORBIDDEN)
         return batchat.TURNED_AWAY_SECONDS if away else batchat.CLOSING_SECONDS
 
     @property
     def may_be_closed(self) -> bool:
         world, sock = self.world, self.sock
         open_now = [each for each in world.by_arrival if not each.sock.closed]
-        crowd = world.reactor.limits.max_people + batchat.LOBBY
+        crowd = world.reactor.settings.max_people + batchat.LOBBY
         leavers = [each for each in open_now if each.stage == "left"]
         from_there = [each for each in leavers if self.group and each.group == self.group]
-        if 0 < world.reactor.limits.max_per_address < len(from_there):
+        if 0 < world.reactor.settings.max_per_address < len(from_there):
             crowd, leavers = 0, from_there
         return (
             (sock.end_seen and not self.unsent)
@@ -1011,6 +1040,10 @@ class WatchedReactor(batchat.Reactor):
         super().turn()
         self.world.after_turn()
 
+    def _forward(self, connection) -> None:
+        self.world.peer_of(connection).group = batchat.address_group(connection.wire.caller)
+        super()._forward(connection)
+
 
 class Witness(Chat):
     """The real chat; what the reactor asks of it, it asks of the model first."""
@@ -1044,7 +1077,7 @@ class Witness(Chat):
 class World:
     """The server, everyone who calls it, the network between them, and the model."""
 
-    def __init__(self, limits: Limits, drift: float = 0.0) -> None:
+    def __init__(self, limits: Settings, drift: float = 0.0) -> None:
         self.now = START
         self.drift = drift  # seconds that every turn takes
         self.jump = 0.0  # seconds that the server oversleeps next time
@@ -1062,6 +1095,8 @@ class World:
         self.read_by_all: Counter[str] = Counter()  # lines, by the address that made them
         self.rotation = 0  # who comes first among those who are ready
         self.segment = BOUNDLESS  # bytes that one recv gets, at most
+        self.bans: dict[str, tuple[float, str]] = {}  # until when, and by whom
+        self.history: dict = {wire: [] for wire in (TelnetWire, WebWire)}  # who said it, and what
         self.pinged_at = self.now
         self.stopped_at = NEVER
         self.peers: list[Peer] = []
@@ -1072,7 +1107,7 @@ class World:
         doors = {door: wire for wire, door in self.doors.items()}
         self.reactor = WatchedReactor(doors, limits, self.selector, lambda: self.now)
         self.reactor.world = self
-        self.reactor.chat = Witness(self.doors)
+        self.reactor.chat = Witness(self.doors, limits, lambda: self.now)
         self.reactor.chat.world = self
 
     def passed(self, seconds: float, since: float) -> bool:
@@ -1094,11 +1129,12 @@ class World:
     def calls(
         self, wire=TelnetWire, host: str = "127.0.0.1", low_water: int = 1, opens: bool = True
     ) -> Peer:
-        peer = Peer(self, wire, host, low_water)
+        through_proxy = host.startswith("for ")
+        peer = Peer(self, wire, "127.0.0.1" if through_proxy else host, low_water)
         self.peers.append(peer)
         self.doors[wire].waiting.append(peer)
         if wire is WebWire and opens:
-            peer.far.type(OPENING)
+            peer.far.type(forwarded(host[4:]) if through_proxy else OPENING)
         return peer
 
     def joins(self, name: str, *caller, **more) -> Peer:
@@ -1227,6 +1263,19 @@ class World:
 
     def says(self, speaker: Peer, text: str) -> None:
         self.happens(speaker, text, speaker)
+        most = self.reactor.settings.history
+        for wire, lines in self.history.items():
+            lines.append((speaker, f"{TODAY[-5:]} {text}"))
+            while (
+                len(lines) > most
+                or sum(len(wire.encode(text)) for _, text in lines) > batchat.HISTORY_SIZE
+            ):
+                del lines[0]
+
+    def said_before(self, peer: Peer) -> str:
+        lines = [text for _, text in self.history[peer.wire]]
+        before = f"* Said before you came, since {TODAY}:\n"
+        return "".join([before, *lines, "* That was before you came.\n"]) if lines else ""
 
     def happens(self, peer: Peer, text: str, *but: Peer) -> None:
         """What all read but these, and those who ignore them."""
@@ -1241,20 +1290,26 @@ class World:
         key = batchat.name_key(name)
         return next((each for each in self.inside if batchat.name_key(each.name) == key), None)
 
-    def goes(self, peer: Peer, words: str = "", unavailable: bool = False) -> None:
+    def goes(
+        self, peer: Peer, words: str = "", status: int = 200, how: str = "has quit the chat"
+    ) -> None:
         was_inside = peer.stage == "chatting"
         peer.enters("left")
         for other in self.peers:
             other.ignored.discard(peer)
         peer.ignored.clear()
         if was_inside and not self.closes:
-            self.happens(peer, f"* {peer.name} has quit the chat\n")
-        peer.owe(peer.last_words(words, unavailable), 2 * batchat.SPLICE_SIZE)
+            self.happens(peer, f"* {peer.name} {how}\n")
+        peer.owe(peer.last_words(words, HTTPStatus(status)), 2 * batchat.SPLICE_SIZE)
 
     def greet(self, person) -> None:
         peer = self.peer_of(person)
         peer.enters("naming")
-        self.shows(peer, batchat.GREETING)
+        self.shows(peer, GREETING)
+
+    def banned_minutes(self, group: str) -> int:
+        until, _ = self.bans.get(group, (0, ""))
+        return -min(0, int((self.now - until) // 60))
 
     def handle(self, person, event) -> None:
         peer = self.peer_of(person)
@@ -1276,21 +1331,23 @@ class World:
             self.shows(
                 peer, f"* A line has at most {batchat.LINE_LIMIT} bytes; yours was not sent.\n"
             )
-        elif event.startswith("/") and not event.startswith("//"):
+        elif (event.startswith("/") or event.strip().lower().startswith("/op ")) and not (
+            event.startswith("//")
+        ):
+            event = event.strip()
             self.take_command(peer, *(event + " ").split(" ", 1))
         elif event.strip():
             self.says(peer, f"<{peer.name}> {event[event.startswith('//') :]}\n")
 
-    def leave(self, person, why: str, words: str = "", unavailable: bool = False) -> None:
+    def leave(self, person, why: str, words: str = "", status: int = 200) -> None:
         peer = self.peer_of(person)
         assert peer.reasons.get(why), why
-        self.reaches(why)
-        assert (words.strip("* \n"), unavailable) == (
-            why if why in DISMISSALS else "",
-            why in (FULL, CROWDED),
-        )
         peer.why = why
-        self.goes(peer, words, unavailable)
+        kind = BANNED if peer.was_banned else why
+        self.reaches(kind)
+        assert words.strip("* \n") == (why if kind in DISMISSALS else "")
+        assert status == DISMISSALS.get(kind, 200)
+        self.goes(peer, words, status)
 
     def reply(self, person, data: bytes) -> None:
         peer = self.peer_of(person)
@@ -1312,7 +1369,7 @@ class World:
         assert list(everyone) == list(self.reactor.connections)
         for peer in self.peers:
             if peer.is_here:
-                self.goes(peer, batchat.SHUTDOWN, unavailable=True)
+                self.goes(peer, batchat.SHUTDOWN, 503)
 
     def why_not(self, peer: Peer, text: str) -> str:
         """Why they can't be called so; empty where they can."""
@@ -1330,7 +1387,7 @@ class World:
 
     def must_wait(self, connection: batchat.Connection) -> bool:
         outbox = connection.outbox
-        too_much = outbox.log.news > batchat.TURN_LIMIT
+        too_much = outbox.log.news + outbox.log.history.made > batchat.TURN_LIMIT
         too_private = outbox.private_bytes > batchat.PRIVATE_LIMIT
         return self.was_held or too_much or too_private or self.has_no_token(connection)
 
@@ -1344,6 +1401,8 @@ class World:
             self.happens(peer, f"* {peer.name} has joined the chat\n")
             peer.enters("chatting")
             self.shows(peer, f"Hey, {peer.name}! Hope you enjoy the chat.\n\n")
+            self.shows(peer, self.said_before(peer))
+            peer.tries = 0
             return
         peer.tries += 1
         if peer.tries == batchat.NAME_TRIES:
@@ -1353,10 +1412,12 @@ class World:
 
     def take_command(self, peer: Peer, verb: str, rest: str) -> None:
         verb, rest = verb.lower(), rest.strip()
-        takes = batchat.COMMANDS[verb][0] if verb in batchat.COMMANDS else None
+        takes, _, whose = batchat.COMMANDS.get(verb, (None, "", ""))
+        if whose == batchat.OPERATORS and verb != "/op" and not peer.operator:
+            takes = None
         if takes is None:
             answer = f"* There is no command {verb}; /help shows those there are.\n"
-        elif len(rest.split(None, 1)) < len(takes.split()):
+        elif len(rest.split(None, 1)) < len([each for each in takes.split() if each[0] != "["]):
             answer = f"* It goes like this: {verb} {takes}\n"
         else:
             answer = getattr(self, "do_" + verb[1:])(peer, rest)
@@ -1364,11 +1425,11 @@ class World:
             self.shows(peer, answer)
 
     def do_help(self, peer: Peer, rest: str) -> str:
-        return batchat.HELP
+        return batchat.help_for(peer.operator)
 
     def do_who(self, peer: Peer, rest: str) -> str:
-        names = [each.name for each in self.inside]
-        names.sort(key=batchat.name_key)
+        people = sorted(self.inside, key=lambda each: batchat.name_key(each.name))
+        names = ["@" * each.operator + each.name for each in people]
         return f"* {len(names)} here: {', '.join(names)}\n"
 
     def do_me(self, peer: Peer, rest: str) -> None:
@@ -1411,6 +1472,67 @@ class World:
     def do_quit(self, peer: Peer, rest: str) -> None:
         self.goes(peer)
 
+    def do_op(self, peer: Peer, rest: str) -> str:
+        if rest == SESAME:
+            peer.operator = True
+            return "* You are an operator now; /help shows what that is.\n"
+        peer.tries += 1
+        if peer.tries < batchat.PASSWORD_TRIES:
+            return "* That is not the password.\n"
+        self.goes(peer, "* That is not the password.\n" + batchat.GOODBYE)
+        return ""
+
+    def do_kick(self, peer: Peer, rest: str) -> str:
+        name, *why = rest.split(None, 1)
+        return self.throws_out(peer, name, ": ".join([peer.name, *why]))
+
+    def throws_out(self, peer: Peer, name: str, by: str) -> str:
+        other = self.called(name)
+        if other is None:
+            return f"* Nobody here is called {name}.\n"
+        if other is peer:
+            return "* You can't throw out yourself; /quit leaves.\n"
+        self.reaches("thrown out")
+        self.goes(other, f"* You were thrown out by {by}\n", how=f"was thrown out by {by}")
+        return ""
+
+    def do_ban(self, peer: Peer, rest: str) -> str:
+        name, *minutes = rest.split()
+        other = self.called(name)
+        minutes = int(minutes[0]) if minutes else 60
+        live = [group for group in self.bans if self.banned_minutes(group)]
+        if other and len(live) >= 2:
+            self.reaches("too many bans")
+            return "* There are 2 bans already; /unban ends one.\n"
+        by = f"{peer.name}: banned for {minutes} min" if other and other.group else peer.name
+        why_not = self.throws_out(peer, name, by)
+        if why_not:
+            return why_not
+        for lines in self.history.values():
+            lines[:] = [each for each in lines if each[0] is not other]
+        if not other.group:
+            return f"* {other.name} called from this very box, which can't be banned.\n"
+        self.bans[other.group] = (self.now + 60 * minutes, peer.name)
+        others = len([each for each in self.inside if each.group == other.group])
+        return (
+            f"* {other.group} is banned for {minutes} min; from there are still here: {others}.\n"
+        )
+
+    def do_bans(self, peer: Peer, rest: str) -> str:
+        answer = [
+            f"* {group} is banned for another {self.banned_minutes(group)} min, by {by}.\n"
+            for group, (_, by) in self.bans.items()
+            if self.banned_minutes(group)
+        ]
+        answer.sort(key=lambda line: [*self.reactor.chat.addresses].index(line.split()[1]))
+        return "".join(answer) or "* No address is banned.\n"
+
+    def do_unban(self, peer: Peer, rest: str) -> str:
+        if not self.banned_minutes(rest):
+            return f"* {rest} is not banned.\n"
+        self.bans[rest] = (0, "")
+        return f"* {rest} is no longer banned.\n"
+
     # What must be so after every turn
 
     def check(self) -> None:
@@ -1431,12 +1553,12 @@ class World:
         assert groups == +Counter(
             {
                 group: address.connections - len(address.leaving)
-                for group, address in reactor.addresses.items()
+                for group, address in reactor.chat.addresses.items()
             }
         )
         self.check_addresses()
-        assert len(here) <= reactor.limits.max_people
-        assert max(groups.values(), default=0) <= (reactor.limits.max_per_address or len(here))
+        assert len(here) <= reactor.settings.max_people
+        assert max(groups.values(), default=0) <= (reactor.settings.max_per_address or len(here))
         doors = {door for door in self.doors.values() if not door.closed}
         watched = {sock for sock in self.selector.keys if sock not in connections} - {self.signal}
         failing = {door for door in doors if self.now - self.lag < door.fails_until + 1.001}
@@ -1448,10 +1570,10 @@ class World:
 
     def check_addresses(self) -> None:
         """What is kept of an address is bounded, and so is what all must read from there."""
-        limits = self.reactor.limits
+        limits = self.reactor.settings
         rate = batchat.ADDRESS_SHARE * limits.rate or NEVER
         most = rate * (self.now - START + batchat.BURST_SECONDS) + 1
-        for group, address in self.reactor.addresses.items():
+        for group, address in self.reactor.chat.addresses.items():
             # As many as may be here may be leaving, or have just begun to.
             assert address.connections <= 2 * limits.max_per_address + 1 or not (
                 limits.max_per_address
@@ -1493,7 +1615,7 @@ class World:
         news = outbox.log.news or connection in reactor.chat.changed
         assert bool(writes) == bool(peer.unsent) or news
         too_private = outbox.private_bytes > batchat.PRIVATE_LIMIT
-        rate = reactor.limits.rate
+        rate = reactor.settings.rate
         no_token = False
         if rate:
             most = rate * (self.now - peer.arrived_at + batchat.BURST_SECONDS) + 1
@@ -1502,12 +1624,11 @@ class World:
             no_token = self.has_no_token(connection)
         if no_token:
             self.reaches("paced")
-        if peer.pressed and peer.pressed <= len(far.typed) - len(far.arrived) and peer.is_here:
-            is_key = telnet_by_the_byte(far.typed[: peer.pressed - 3])[0][-1:] == [LEAVE]
-            if is_key and not too_private:
-                peer.key_read_at = min(peer.key_read_at, self.now)
-                most = batchat.PATIENCE_SECONDS + 1  # until they are listened to, if just a bit
-                assert not self.is_late(most, peer.key_read_at), "their screen is frozen"
+        key_is_read = 0 < peer.pressed <= len(far.typed) - len(far.arrived)
+        if key_is_read and peer.is_here and not too_private:
+            peer.key_read_at = min(peer.key_read_at, self.now)
+            most = batchat.PATIENCE_SECONDS + 1  # until they are listened to, if just a bit
+            assert not self.is_late(most, peer.key_read_at), "their screen is frozen"
         to_read = far.arrived or connection.unheard or (peer.has_ended and not sock.end_seen)
         full = len(connection.unheard) == batchat.READ_AHEAD
         assert bool(reads) != (full or sock.end_seen), "nobody listens to them"
@@ -1548,7 +1669,9 @@ class World:
             by_key = events[-1:] == [LEAVE]
             if peer.sock.end_seen and not by_key and not peer.why:
                 events.append(LEAVE)
-            if by_key and peer.waited:  # they pressed Ctrl-C, and what had to wait was thrown away
+            # The search ahead may err after an escaped 255, and in a subnegotiation.
+            may_err = re.search(b"\xff\xff|\x03", peer.far.typed)
+            if peer.waited and (by_key or may_err):  # what had to wait was thrown away
                 self.reaches("interrupted")
                 assert peer.events[:-1] == events[: len(peer.events) - 1]
                 continue
@@ -1567,7 +1690,8 @@ class World:
             peer.far.ended = True
         self.waits(VANISHED_SECONDS)
         assert all(each.sock.closed for each in self.peers)
-        assert not self.reactor.addresses
+        kept = self.reactor.chat.addresses
+        assert kept.keys() == {group for group in kept if self.banned_minutes(group)}
         assert not any(log.data for log in self.reactor.chat.logs.values())
 
     def the_room_closes(self) -> None:
@@ -1609,10 +1733,21 @@ def every(step: str, *choices) -> st.SearchStrategy:
 
 WHO = range(5)
 HOSTS = ["127.0.0.1", "203.0.113.5", "::ffff:203.0.113.5", "198.51.100.9", "2001:db8::7"]
+HOSTS += ["for 203.0.113.5"]  # through a proxy on the server's own box
 CHAT = [
     *("hi", "how are you?", "x" * 80, "y" * 90, "z" * 101, "", "h\u00e9\x1b[2J", "//slash"),
     *("/who", "/help", "/me waves", "/msg ann psst", "/msg bob " + "p" * 80, "/msg cy", "/nope"),
-    *("/nick eve", "/nick ann", "/nick Bob", "/quit", "GET / HTTP/1.1", "ann", "a b"),
+    *("/op sesame", " /OP no", "/kick ann", "/kick bob get out", "/ban ann 2", "/ban bob", "/bans"),
+    *(
+        "/unban 203.0.113.5",
+        "/nick eve",
+        "/nick ann",
+        "/nick Bob",
+        "/quit",
+        "GET / HTTP/1.1",
+        "ann",
+        "a b",
+    ),
 ]
 GARBAGE = [  # for telnet, and for a browser
     *[(b"half a li", masked(1, b"frag", False)), (b"\r", masked(0, b"ment")), (b"\n", OPENING)],
@@ -1666,7 +1801,12 @@ NETWORK_STEPS = st.one_of(
 
 
 LIMITS = st.sampled_from(
-    [Limits(*each) for each in itertools.product([10, 0, 0], [1000, 1000, 3], [0, 0, 2])]
+    [
+        Settings(*numbers, password=SESAME, behind_proxy=behind_proxy)
+        for *numbers, behind_proxy in itertools.product(
+            [10, 0, 0], [1000, 1000, 3], [0, 0, 2], [0, 3, 50], [False, True]
+        )
+    ]
 )
 EVENTS = st.sampled_from(range(0, 61, 4)).flatmap(
     lambda n: st.lists(NETWORK_STEPS, min_size=n, max_size=n)
@@ -1688,11 +1828,12 @@ def no_error_of_ours(**limits):
 
     ours = mock.Mock(exception=mock.Mock(side_effect=exception))
     date = mock.Mock(return_value="Tue, 15 Nov 1994 08:12:31 GMT")
-    with mock.patch.multiple(batchat, logger=ours, formatdate=date, **limits):
+    today = mock.Mock(return_value=TODAY)
+    with mock.patch.multiple(batchat, logger=ours, formatdate=date, local_time=today, **limits):
         yield
 
 
-def simulate(limits: Limits, drift: float, history: list, end: str) -> World:
+def simulate(limits: Settings, drift: float, history: list, end: str) -> World:
     """One run of the world, from the first caller until everybody has gone."""
     with no_error_of_ours(**SMALL_LIMITS):
         world = World(limits, drift)
@@ -1715,7 +1856,9 @@ def simulate(limits: Limits, drift: float, history: list, end: str) -> World:
 def worlds():
     """Makes worlds with the real limits."""
     with no_error_of_ours():
-        yield lambda rate=0, people=1000, per_address=0: World(Limits(rate, people, per_address))
+        yield lambda rate=0, people=1000, per_address=0, **more: World(
+            Settings(rate, people, per_address, **more)
+        )
 
 
 LONG = "x" * 4000
@@ -2026,7 +2169,7 @@ def test_nobody_hears_anything_before_they_have_a_name(room):
         *[("hello", "<mike> hello\n", ""), ("  a  b ", "<mike>   a  b \n", "")],
         *[("", "", ""), (" \t ", "", ""), ("//quit", "<mike> /quit\n", "")],
         *[("/me waves", "** mike waves\n", ""), ("/ME  waves ", "** mike waves\n", "")],
-        *[("/who", "", "* 3 here: ann, Bob, mike\n"), ("/help", "", batchat.HELP)],
+        *[("/who", "", "* 3 here: ann, Bob, mike\n"), ("/help", "", batchat.help_for(False))],
         ("/msg MIKE note", "", "[mike -> you] note\n[you -> mike] note\n"),
         ("/nick mick", "* mike is now known as mick\n", "* mike is now known as mick\n"),
         ("/nick MIKE", "* mike is now known as MIKE\n", "* mike is now known as MIKE\n"),
@@ -2067,7 +2210,7 @@ def test_what_can_not_be_done_is_explained_to_its_sender_alone(room, answer, lin
 
 def test_help_names_every_command():
     for command in ["/help", "/who", "/me", "/msg", "/nick", "/ignore", "/quit", "//"]:
-        assert f"* {command} " in batchat.HELP
+        assert f"* {command} " in batchat.help_for(False)
 
 
 def test_what_is_for_one_alone_stands_in_its_right_place_among_what_all_hear(room):
@@ -2172,8 +2315,423 @@ def test_a_name_of_24_characters_may_be_typed_in_its_longest_spelling(room):
 
 
 # --------------------------------------------------------------------------
+# What was said before
+# --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wall(monkeypatch) -> list[str]:
+    """What the clock on the wall shows, as its last item."""
+    shown = ["2026-11-24 13:58"]
+    monkeypatch.setattr(batchat, "local_time", lambda: shown[-1])
+    return shown
+
+
+def test_a_newcomer_reads_the_last_lines_that_were_said_to_all_and_then_what_is_new(wall):
+    room = Room(history=3)
+    ann, bob = room.join("ann"), room.join("bob")
+    ann.types("too long ago", "hi")
+    wall.append("2026-11-24 14:03")
+    bob.types("/me waves", "/msg ann psst", "/nick rob", "/nope")
+    ann.types("//slash")
+    mike = room.caller()
+    mike.types("mike")
+    ann.types("hello mike")
+    assert mike.reads() == (
+        "Hey, mike! Hope you enjoy the chat.\n\n"
+        "* Said before you came, since 2026-11-24 13:58:\n"
+        "13:58 <ann> hi\n14:03 ** bob waves\n14:03 <ann> /slash\n"
+        "* That was before you came.\n"
+        "<ann> hello mike\n"
+    )
+
+
+def test_where_nothing_was_said_or_kept_a_newcomer_reads_of_no_history():
+    for room in (Room(history=3), Room()):
+        ann = room.join("ann")
+        if not room.chat.settings.history:
+            ann.types("hi")
+        mike = room.caller()
+        mike.types("mike")
+        assert mike.reads() == hey("mike")
+
+
+def test_what_is_kept_of_what_was_said_is_bounded_in_bytes_for_each_format_of_its_own():
+    room = Room(history=1000)
+    ann = room.join("ann")
+    ann.types(*[f"{n} {LONG}" for n in range(100)])
+    for wire in (TelnetWire, WebWire):
+        shown = room.chat.logs[wire].history.shown()
+        assert batchat.HISTORY_SIZE - 5000 < len(shown) < batchat.HISTORY_SIZE + 200
+    assert b"<ann> 99 " in shown
+
+
+def test_what_was_said_is_encoded_once_however_many_come_in(monkeypatch):
+    room = Room(history=1000)
+    ann = room.join("ann")
+    ann.types(*["hi"] * 500)
+    encode = mock.Mock(side_effect=TelnetWire.encode)
+    monkeypatch.setattr(TelnetWire, "encode", encode)
+    room.join("mike")
+    assert encode.call_count < 20
+
+
+def test_newcomers_share_what_they_read_of_it_and_no_turn_makes_it_anew_for_many(worlds):
+    for talkative in (False, True):
+        world = worlds(history=1000)
+        ann = world.joins("ann")
+        world.waits()
+        ann.types(*[LONG] * 16)
+        world.waits()
+        crowd = [world.joins(f"p{n}") for n in range(100)]
+        for each in crowd:
+            each.far.reads(0)
+        world.waits(0.0)
+        if talkative:
+            for each in crowd:
+                each.types("hi")
+        world.waits(0.1)
+        assert len(names(world)) == 101
+        inserts = {insert for each in crowd for _, _, insert in each.connection.outbox.splices}
+        assert sum(map(len, inserts)) < batchat.HISTORY_SIZE + 100 * 1000
+
+
+# --------------------------------------------------------------------------
+# Who keeps order
+# --------------------------------------------------------------------------
+
+
+def operator(room: Room, name: str = "ann", host: str = "") -> Guest:
+    guest = room.join(name, host)
+    guest.types(f"/op {SESAME}")
+    assert guest.reads() == "* You are an operator now; /help shows what that is.\n"
+    return guest
+
+
+@pytest.mark.parametrize("line", ["/op x", "/kick mike", "/ban mike", "/bans", "/unban 1.2.3.4"])
+def test_without_a_password_there_are_no_operators_commands(room, line):
+    ann, mike = room.join("ann"), room.join("mike")
+    ann.types(line)
+    command = line.split()[0]
+    assert ann.reads() == f"* There is no command {command}; /help shows those there are.\n"
+    assert mike.reads() == ""
+
+
+def test_to_who_is_no_operator_there_are_no_operators_commands():
+    room = Room(password=SESAME)
+    mike, ann = room.join("mike"), operator(room)
+    for each in batchat.COMMANDS:
+        if each in ("/kick", "/ban", "/bans", "/unban"):
+            mike.types(f"{each} ann")
+            assert mike.reads() == f"* There is no command {each}; /help shows those there are.\n"
+    mike.types("/help")
+    assert not re.search("/op|kick|ban", mike.reads())
+    ann.types("/help")
+    shown = ann.reads()
+    assert all(f"* {command}" in shown for command in batchat.COMMANDS)
+    assert (
+        len(
+            {
+                line.index(does)
+                for line, (_, does, _) in zip(shown.splitlines(), batchat.COMMANDS.values())
+            }
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize("line", ["/op sesame", " /op sesame", "/OP sesame", "\t/Op  sesame "])
+def test_a_password_is_never_said_however_it_is_typed(line):
+    for password in (SESAME, ""):
+        room = Room(history=9, password=password)
+        ann, mike = room.join("ann"), room.join("mike")
+        ann.types(line, line.replace("sesame", "wrong"))
+        assert mike.reads() == ""
+        eve = room.caller()
+        eve.types("eve")
+        assert eve.reads() == hey("eve")
+        assert ("operator now" in ann.reads()) == bool(password)
+
+
+def test_the_third_wrong_password_ends_the_connection():
+    room = Room(password=SESAME)
+    mike, ann = room.join("mike"), room.join("ann")
+    mike.types("/op", "/op Sesame", "/op sesam", "/op sesame2")
+    wrong = "* That is not the password.\n"
+    assert mike.reads() == "* It goes like this: /op PASSWORD\n" + wrong * 3 + batchat.GOODBYE
+    assert ann.reads() == "* mike has quit the chat\n"
+
+
+def test_operators_are_marked_until_they_leave():
+    room = Room(password=SESAME)
+    ann, mike = operator(room), room.join("mike")
+    mike.types("/who")
+    assert mike.reads() == "* 2 here: @ann, mike\n"
+    ann.types("/quit")
+    room.join("ann").types("/who")
+    assert "@" not in mike.reads()
+
+
+def test_who_is_thrown_out_is_told_by_whom_and_why_and_so_are_the_others():
+    room = Room(password=SESAME)
+    ann, mike, eve, bob = operator(room), room.join("mike"), room.join("eve"), room.join("bob")
+    ann.types("/kick MIKE no spam, please", "/kick eve")
+    assert mike.reads() == "* You were thrown out by ann: no spam, please\n"
+    assert eve.reads().endswith("* You were thrown out by ann\n")
+    others = "* mike was thrown out by ann: no spam, please\n* eve was thrown out by ann\n"
+    assert ann.reads() == bob.reads() == others
+    ann.types("/kick ann", "/kick nobody")
+    assert ann.reads() == (
+        "* You can't throw out yourself; /quit leaves.\n* Nobody here is called nobody.\n"
+    )
+
+
+def test_what_somebody_had_sent_when_they_are_thrown_out_is_thrown_away(worlds):
+    world = worlds(rate=10, password=SESAME)
+    ann, mike = world.joins("ann"), world.joins("mike")
+    mike.types(*["spam"] * 200)
+    world.waits()
+    ann.types(f"/op {SESAME}", "/kick mike")
+    world.waits()
+    assert ann.reads().endswith("* mike was thrown out by ann\n")
+    ann.types("/who")
+    world.waits(60.0)
+    assert ann.reads() == "* 1 here: @ann\n"
+
+
+def test_from_a_banned_address_nobody_comes_in_until_its_time_is_over(worlds):
+    world = worlds(password=SESAME)
+    ann = world.joins("ann")
+    mike, eve = [world.joins(name, host="2001:db8::7") for name in ("mike", "eve")]
+    world.waits()
+    ann.types(f"/op {SESAME}", "/ban mike 5")
+    world.waits()
+    assert mike.reads().endswith("* You were thrown out by ann: banned for 5 min\n")
+    assert eve.reads().endswith("* mike was thrown out by ann: banned for 5 min\n")
+    assert ann.reads().endswith(
+        "* 2001:db8::/64 is banned for 5 min; from there are still here: 1.\n"
+    )
+    world.waits(61.0)
+    again = world.joins("mike", host="2001:db8::8")
+    in_a_browser = world.calls(WebWire, host="2001:db8::9")
+    world.waits()
+    banned = "* Nobody may come in from your address for another 4 min.\n"
+    assert again.reads() == banned
+    head, _, body = bytes(in_a_browser.far.got).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 403 Forbidden")
+    assert body.decode() == banned
+    world.waits(240.0)
+    world.joins("mike", host="2001:db8::8")
+    world.waits()
+    assert names(world) == ["ann", "eve", "mike"]
+
+
+def test_what_a_banned_person_said_goes_out_of_the_history():
+    room = Room(password=SESAME, history=9)
+    ann, mike = operator(room), room.join("mike", "203.0.113.5")
+    ann.types("hi")
+    mike.types("buy my stuff")
+    ann.types("/ban mike")
+    eve = room.caller()
+    eve.types("eve")
+    shown = eve.reads()
+    assert "<ann> hi\n" in shown
+    assert "stuff" not in shown
+
+
+def test_bans_are_listed_with_the_minutes_left_and_taken_back():
+    room = Room(password=SESAME)
+    ann = operator(room)
+    for n, name in enumerate(["mike", "eve"]):
+        room.join(name, f"203.0.113.{n}")
+        ann.types(f"/ban {name}")
+    ann.reads()
+    room.now += 60
+    ann.types("/bans", "/unban 203.0.113.0", "/unban 203.0.113.0", "/unban nonsense", "/bans")
+    assert ann.reads() == (
+        "* 203.0.113.0 is banned for another 59 min, by ann.\n"
+        "* 203.0.113.1 is banned for another 59 min, by ann.\n"
+        "* 203.0.113.0 is no longer banned.\n"
+        "* 203.0.113.0 is not banned.\n* nonsense is not banned.\n"
+        "* 203.0.113.1 is banned for another 59 min, by ann.\n"
+    )
+    room.now += 3600
+    ann.types("/bans")
+    assert ann.reads() == "* No address is banned.\n"
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "525601", "soon", "9" * 5000])
+def test_a_ban_takes_a_number_of_minutes(minutes):
+    room = Room(password=SESAME)
+    ann, mike = operator(room), room.join("mike", "203.0.113.5")
+    ann.reads()
+    ann.types(f"/ban mike {minutes}")
+    assert ann.reads() == "* A ban takes from 1 to 525600 minutes.\n"
+    assert mike.state is batchat.CHATTING
+
+
+def test_who_calls_from_this_very_box_is_thrown_out_alone_and_the_operator_is_told_why():
+    room = Room(password=SESAME)
+    ann, mike = operator(room), room.join("mike")
+    ann.reads()
+    ann.types("/ban mike")
+    assert mike.reads() == "* You were thrown out by ann\n"
+    assert ann.reads() == (
+        "* mike was thrown out by ann\n* mike called from this very box, which can't be banned.\n"
+    )
+
+
+def test_there_are_at_most_a_thousand_bans():
+    room = Room(password=SESAME)
+    ann = operator(room)
+    for n in range(1001):
+        room.join(f"t{n}", f"10.0.{n // 256}.{n % 256}")
+        ann.types(f"/ban t{n}")
+        room.guests = [ann]
+    assert ann.reads().endswith("* There are 1000 bans already; /unban ends one.\n")
+    ann.types("/unban 10.0.0.0", "/ban t1000")
+    assert "10.0.3.232 is banned" in ann.reads()
+
+
+def test_a_ban_is_kept_with_what_is_kept_of_an_address_until_it_is_over(worlds):
+    world = worlds(rate=10, password=SESAME)
+    ann, mike = world.joins("ann"), world.joins("mike", host="203.0.113.5")
+    world.waits()
+    ann.types(f"/op {SESAME}", "/ban mike 2")
+    mike.far.ended = True
+    world.waits(100.0)
+    assert [*world.reactor.chat.addresses] == ["203.0.113.5"]
+    world.waits(30.0)
+    assert not world.reactor.chat.addresses
+
+
+@pytest.fixture
+def password_file(tmp_path) -> Path:
+    path = tmp_path / "password"
+    path.write_text(f"{SESAME} \nanother line\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_the_log_says_who_became_an_operator_and_who_did_what_to_whom_but_no_password(
+    password_file,
+):
+    with Server("--password-file", str(password_file)) as server:
+        ann, mike, eve = [server.join(name) for name in ("ann", "mike", "eve")]
+        mike.types("/op guess", f" /op {SESAME}x")
+        ann.types(f"/op {SESAME}", "/kick mike secrets", "/ban eve")
+        for each in (mike, eve):
+            each.rest()
+        server.process.terminate()
+        _, log = server.ends()
+    assert "password" not in log.replace("gave a wrong password", "")
+    assert not re.search(f"{SESAME}|guess|secrets", log)
+    for said in [
+        *("mike gave a wrong password (127.0.0.1 port ", "ann is an operator (127.0.0.1 port "),
+        *("mike left: thrown out by ann, 127.0.0.1 port ", "eve left: thrown out by ann, "),
+    ]:
+        assert said in log
+
+
+def test_a_password_file_that_everybody_can_read_is_warned_of(password_file):
+    password_file.chmod(0o644)
+    with Server("--password-file", str(password_file)) as server:
+        server.process.terminate()
+        assert f"everybody on this box can read {password_file}\n" in server.ends()[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory"),
+        (b"", "its first line is empty"),
+        (b" \nsesame\n", "its first line is empty"),
+        (b"caf\xe9\n", "that is no UTF-8"),
+    ],
+)
+def test_a_bad_password_file_is_one_clear_line_and_status_1(tmp_path, content, why):
+    path = tmp_path / "password"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(0o600)
+    ended = run("--port", "0", "--no-web", "--password-file", str(path))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"batchat: no password in {path}: {why}\n"
+
+
+# Behind a proxy
+
+
+def test_behind_a_proxy_a_browser_is_who_the_last_address_forwarded_for_says(worlds):
+    world = worlds(rate=10, per_address=2, password=SESAME, behind_proxy=True)
+    world.joins("ann")
+    callers = []
+    for n, addresses in enumerate(
+        [
+            "203.0.113.5",
+            "198.51.100.1, 203.0.113.5",
+            "203.0.113.5",
+            "2001:db8::1",
+            None,
+            "127.0.0.1",
+        ]
+    ):
+        callers.append(world.calls(WebWire, opens=False))
+        callers[-1].far.type(forwarded(addresses) + masked(1, f"p{n}".encode()))
+        world.waits()
+    assert names(world) == ["ann", "p0", "p1", "p3", "p4", "p5"]
+    assert callers[2].far.got.startswith(b"HTTP/1.1 503 ")
+    assert {name: each.connections for name, each in world.reactor.chat.addresses.items()} == {
+        "203.0.113.5": 3,
+        "2001:db8::/64": 1,
+    }
+    assert callers[0].connection.origin == "203.0.113.5 by way of 127.0.0.1 port 4321"
+
+
+def test_behind_a_proxy_who_is_banned_reads_403_and_the_others_come_in(worlds):
+    world = worlds(password=SESAME, behind_proxy=True)
+    ann, troll = world.joins("ann"), world.calls(WebWire, opens=False)
+    troll.far.type(forwarded("203.0.113.5") + masked(1, b"troll"))
+    world.waits()
+    ann.types(f"/op {SESAME}", "/ban troll")
+    world.waits()
+    for address, status in [("203.0.113.5", b"403 "), ("203.0.113.6", b"200 ")]:
+        caller = world.calls(WebWire, opens=False)
+        caller.far.type(forwarded(address, "GET / HTTP/1.1"))
+        world.waits()
+        assert caller.far.got.startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize("addresses", ["", "unknown", "203.0.113.5, nonsense", "203.0.113.5,"])
+def test_behind_a_proxy_what_is_no_address_gets_400(worlds, addresses):
+    world = worlds(behind_proxy=True)
+    caller = world.calls(WebWire, opens=False)
+    caller.far.type(forwarded(addresses))
+    world.waits()
+    assert caller.far.got.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    ("host", "behind_proxy"), [("127.0.0.1", False), ("203.0.113.7", False), ("203.0.113.7", True)]
+)
+def test_without_the_option_or_from_another_box_that_header_has_no_say(worlds, host, behind_proxy):
+    world = worlds(per_address=9, behind_proxy=behind_proxy)
+    caller = world.calls(WebWire, host=host, opens=False)
+    caller.far.type(forwarded("203.0.113.5") + masked(1, b"mike"))
+    world.waits()
+    assert caller.connection.origin == f"{host} port 4321"
+    assert "203.0.113.5" not in world.reactor.chat.addresses
+
+
+# --------------------------------------------------------------------------
 # Options
 # --------------------------------------------------------------------------
+
+
+def test_welcome_stands_in_the_place_of_ours_and_is_cleaned():
+    with Server("--no-web", "--welcome", "Hello\x1b[2J at\tmine") as server:
+        line = server.call()
+        line.reads(batchat.GREETING.format("Hello at mine"))
 
 
 def test_it_listens_on_every_address_and_says_so():
@@ -2384,7 +2942,7 @@ def test_who_closes_after_sending_loses_no_line_and_the_others_hear_it():
         jonny.types("jonny", "one", "two")
         jonny.sock.sendall(b"not ended with Enter")
         jonny.sock.shutdown(socket.SHUT_WR)
-        jonny.reads(batchat.GREETING + hey("jonny"))
+        jonny.reads(GREETING + hey("jonny"))
         jonny.sees_the_end()
         mike.reads("* jonny has joined the chat\n<jonny> one\n<jonny> two\n")
         mike.reads("* jonny has quit the chat\n")
@@ -2412,7 +2970,7 @@ def test_who_still_sends_when_we_let_them_go_reads_the_last_words_before_a_clean
         caller.types(*["no name"] * 5)
         caller.sock.sendall(b"x" * 3 * batchat.READ_SIZE)
         refused = "* A name is made of letters, digits, '_', '-' and '.' alone.\n"
-        caller.reads(batchat.GREETING + (refused + batchat.PROMPT) * 4 + refused)
+        caller.reads(GREETING + (refused + batchat.PROMPT) * 4 + refused)
         caller.reads("* That was the last try, goodbye!\n")
         caller.sees_the_end()
 
@@ -2815,8 +3373,13 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
                         replies += bytes([255, 254 if command == 251 else 252, option])
                     continue
                 if command == 250:
-                    while next(rest) != 255 or next(rest) != 240:
-                        pass
+                    while True:
+                        if next(rest) == 255:
+                            command = next(rest)
+                            if command != 255:
+                                break
+                    if command != 240:  # which is none of its own, but ends it all the same
+                        rest = itertools.chain([255, command], rest)
                     continue
                 byte_of = {key: byte | 0x80 for byte, key in KEYS_OF_TELNET.items()}
                 byte_of[243] = byte_of[238]  # an older name for it
@@ -2926,7 +3489,7 @@ def test_programs_that_read_plain_utf_8_read_whole_sessions_of_it(worlds):
         assert (
             mike.far.got.decode()
             == TelnetWire.encode(
-                batchat.GREETING
+                GREETING
                 + "Hey, Мария! Hope you enjoy the chat.\n\n[Мария -> you] ”\n[you -> Мария] ”\n"
                 + "<ann> カタカナ\n* ann has quit the chat\n"
             ).decode()
@@ -2976,7 +3539,9 @@ def test_the_timing_mark_after_ctrl_c_is_answered_so_that_no_screen_freezes(worl
 
 
 def test_ctrl_c_beyond_the_rate_takes_back_what_was_not_said_yet_and_leaves_at_once(worlds):
-    for key in (b"\xff\xf4\xff\xfd\x06", b"\x03"):
+    mark = b"\xff\xfd\x06"
+    after_others = [b"\xff\xf1\xff\xf4" + mark, typed_in_telnet("\u3084") + b"\xff\xf4" + mark]
+    for key in (b"\xff\xf4" + mark, b"\xff\xf3" + mark, *after_others, b"\x03"):
         for seconds in (0.0, 3.0):
             world = worlds(rate=10)
             ann, mike = world.joins("ann"), world.joins("mike")
@@ -2992,10 +3557,25 @@ def test_ctrl_c_beyond_the_rate_takes_back_what_was_not_said_yet_and_leaves_at_o
             assert mike.far.got.endswith(b"\xff\xfc\x06") or key == b"\x03"
 
 
+@given(st.text(ALPHABETS), PLACES)
+def test_no_letter_is_taken_for_ctrl_c_wherever_the_bytes_are_cut_up(text, places):
+    wire = TelnetWire()
+    ahead = b""
+    for read in cut(typed_in_telnet(f"{text}\u30c3\U0001f3c3\n"), places):
+        ahead += read
+        assert not wire.heed_interrupt(ahead, len(read))
+        helping = len(ahead) // 2
+        if helping:
+            wire.feed(ahead[:helping])
+        ahead = ahead[helping:]
+    wire.feed(ahead + b"\xff\xf4")
+    assert wire.heed_interrupt(b"", 0)
+
+
 @pytest.mark.parametrize(
     "sends",
     [
-        typed_in_telnet("\u0443 \u30ca\u30c3 \U0001f603"),  # letters made of Ctrl-C
+        typed_in_telnet("\u0443 \u30ca\u30c3 \U0001f603 \U0001f3c3"),  # letters made of Ctrl-C
         b"\xff\xfd\x03\xff\xfb\x03",  # options
         b"\xff\xff\xf4",  # an escaped byte, and the next
         b"\x04",  # Ctrl-D leaves when all is said
@@ -3124,15 +3704,15 @@ def test_who_does_not_read_private_replies_is_not_listened_to_until_they_do(worl
     assert len(mike.events) < 400
     mike.far.reads(BOUNDLESS)
     world.waits(1.0)
-    assert mike.reads().count(batchat.HELP) == 2000
+    assert mike.reads().count(batchat.help_for(False)) == 2000
 
 
 def test_two_minutes_without_a_name_are_the_end_and_a_name_in_time_stops_the_clock(worlds):
     world = worlds()
     mike, caller, browser = world.joins("mike"), world.calls(), world.calls(WebWire)
     world.waits(119.0)
-    assert caller.reads() == batchat.GREETING
-    assert browser.reads().rstrip("\n") == batchat.GREETING
+    assert caller.reads() == GREETING
+    assert browser.reads().rstrip("\n") == GREETING
     world.waits(2.0)
     assert caller.reads() == browser.reads() == "* You gave no name in time, goodbye!\n"
     assert not caller.is_here
@@ -3498,7 +4078,7 @@ def test_a_selector_that_fails_for_ever_ends_the_room(worlds):
 def test_a_signal_tells_everyone_and_hangs_up_on_them_without_a_reset(number):
     with Server() as server:
         mike, caller = server.join("mike"), server.call()
-        caller.reads(batchat.GREETING)
+        caller.reads(GREETING)
         server.process.send_signal(number)
         for each in (mike, caller):
             each.reads("* BATCHAT is closing, goodbye!\n")
@@ -3828,21 +4408,31 @@ CTRL_C_IN_A_PASTE = [
     *[("says", 0, "x" * 80, 70), ("turn", 2, 0, BOUNDLESS), ("presses_ctrl_c", 0)],
 ]
 
+TROLLS = [
+    *[("joins", "ann", TelnetWire, "127.0.0.1", 1), ("joins", "bob", WebWire, "203.0.113.5", 1)],
+    *[("joins", "cy", TelnetWire, "198.51.100.9", 1), ("joins", "eve", WebWire, "2001:db8::7", 1)],
+    *[("turn", 2, 0, BOUNDLESS), ("says", 2, "x" * 80, 70), ("says", 3, "/op sesame", 1)],
+    *[("says", 3, "/ban bob 2", 1), ("says", 3, "/ban cy 2", 1), ("says", 3, "/ban eve 2", 1)],
+    *[("says", 3, "/kick eve get out", 1), ("turn", 2, 0, BOUNDLESS)],
+    *[("joins", "Bob", WebWire, "203.0.113.5", 1), ("turn", 2, 0, BOUNDLESS)],
+]
+
 
 def test_whatever_the_network_does_everyone_reads_all_that_they_must_and_nothing_else():
     reached: Counter[str] = Counter()
 
     @settings(max_examples=1000)
-    @example((Limits(0, 9, 0), 0.0, SLOW_LISTENERS, "all hang up"))
-    @example((Limits(10, 9, 0), 0.0, FAILING_CALLS, "all hang up"))
-    @example((Limits(10, 9, 0), 0.0, CTRL_C_IN_A_PASTE, "all hang up"))
+    @example((Settings(0, 9, 0, password=SESAME), 0.0, SLOW_LISTENERS, "all hang up"))
+    @example((Settings(10, 9, 0, password=SESAME), 0.0, FAILING_CALLS, "all hang up"))
+    @example((Settings(10, 9, 0, 9, password=SESAME), 0.0, TROLLS, "all hang up"))
+    @example((Settings(10, 9, 0, password=SESAME), 0.0, CTRL_C_IN_A_PASTE, "all hang up"))
     @given(WORLDS)
     def runs(how):
         reached.update(simulate(*how).reached)
 
     runs()
     assert {*DISMISSALS, "too far behind", "held", "paced", "interrupted"} <= reached.keys()
-    assert "too much to read" in reached
+    assert {"too much to read", "thrown out", "too many bans"} <= reached.keys()
     assert {f"{call} fails" for call in [*CALLS, "accept"]} <= reached.keys()
 
 
@@ -4035,6 +4625,32 @@ def test_when_the_server_comes_back_the_page_does_so_with_its_name(chromium):
         server.join("jonny")
         chromium.shows("* jonny has joined the chat")
         assert all("WebSocket connection" in each for each in chromium.complaints())
+
+
+def test_the_page_shows_what_was_said_before_but_no_line_twice_nor_as_unread(chromium):
+    with Server("--web-port", "0", "--history", "9") as server:
+        ann = server.join("ann")
+        ann.types("hi", "hi", "hello")
+        chromium.joins(server, "mike")
+        chromium.shows(batchat.NOW.strip())
+        past = [line[6:] for line in chromium.finds(".past", "textContent")[1:-1]]
+        assert past == ["<ann> hi", "<ann> hi", "<ann> hello"]
+        ann.reads("* mike has joined the chat\n")
+        chromium.types(f"mine{ENTER}/me waves{ENTER}")
+        ann.reads("<mike> mine\n** mike waves\n")
+        ann.types("hi", "so")
+        chromium.shows("<ann> so")
+        chromium.does("window.setTimeout = again => { window.again = again; }; socket.close()")
+        ann.reads("* mike has quit the chat\n")
+        ann.types("hi", "where are you?")
+        chromium.does(
+            "Object.defineProperty(document, 'hidden', {value: true, configurable: true})"
+        )
+        chromium.does("again()")
+        chromium.shows("where are you?")
+        past = [line[6:] for line in chromium.finds(".past", "textContent")[6:-1]]
+        assert past == ["<ann> hi", "<ann> where are you?"]
+        chromium.titled("(2) BATCHAT")  # "Hey, mike!" and its empty line
 
 
 def test_while_somebody_else_has_its_name_the_page_tries_again_until_it_is_free(chromium, jonny):
