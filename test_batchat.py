@@ -625,8 +625,12 @@ class Far:
             self.broken = error
             self.world.faults += 1
             if loses:
-                self.typed = self.typed[: len(self.typed) - len(self.arrived)]
-                self.arrived = b""
+                self.lose()
+
+    def lose(self) -> None:
+        """What the server has not read yet, it never will."""
+        self.typed = self.typed[: len(self.typed) - len(self.arrived)]
+        self.arrived = b""
 
     def ready(self) -> int:
         readable = bool(self.arrived or self.ended or self.broken)
@@ -691,7 +695,8 @@ class SimulatedSocket:
         except OSError as error:
             if held:  # what the server has of them is still said, and they are as good as gone
                 self.failed, self.end_seen = 0, True
-                far.break_down(error.errno, loses=True)
+                far.break_down(error.errno)
+                far.lose()
                 self.sees_error()
             raise
         most = min(most, world.segment)
