@@ -111,6 +111,7 @@ COMMANDS = {
     "/bans": ("", "show the addresses that are banned", OPERATORS),
     "/unban": ("ADDRESS", "let people in from there again", OPERATORS),
 }
+ALIASES = {"/exit": "/quit", "/bye": "/quit", "/q": "/quit", "/names": "/who", "/list": "/who"}
 
 TAKEN = "The name {0} is taken."
 FULL = "* BATCHAT is full, please try again later.\n"
@@ -123,6 +124,7 @@ SHUTDOWN = "* BATCHAT is closing, goodbye!\n"
 HERE = "* BATCHAT is here.\n"
 TOO_SLOW = "* You asked for nothing in time.\n"
 HELLO = "Hello, World!"
+HINT = "* /help shows what you can type.\n"
 
 
 # --------------------------------------------------------------------------
@@ -770,7 +772,17 @@ def address_group(host: str) -> str:
 class Person:
     """What the chat knows of somebody."""
 
-    __slots__ = ("address", "name", "operator", "origin", "outbox", "state", "tries", "wire")
+    __slots__ = (
+        "address",
+        "hinted",
+        "name",
+        "operator",
+        "origin",
+        "outbox",
+        "state",
+        "tries",
+        "wire",
+    )
 
     def __init__(self, origin: str, log: Log) -> None:
         self.origin = origin  # where they call from, for our own log
@@ -781,6 +793,7 @@ class Person:
         self.name = ""
         self.tries = 0  # names that were refused; inside, passwords
         self.operator = False
+        self.hinted = False  # they were told of /help, for they have said "help"
 
 
 class Refusal(Exception):
@@ -821,6 +834,10 @@ def check_name(text: str) -> str:
         if not good or INVISIBLE.match(character):
             raise Refusal("A name is made of letters, digits, '_', '-' and '.' alone.")
     return name
+
+
+def unalias(command: str) -> str:
+    return ALIASES.get(command, command)
 
 
 def help_for(operator: bool) -> str:
@@ -961,12 +978,15 @@ class Chat:
                     self._command(person, text)
                 else:
                     self.happen(SAID, person, event)
+                    if text in ("help", "?") and not person.hinted:
+                        person.hinted = True
+                        self.tell(person, HINT)
             elif person.state is AWAITING_NAME:
                 if event is OPENED:
                     self.greet(person)
                 elif isinstance(event, WireEvent) or HTTP_REQUEST.match(event):
                     self.leave(person, "sent no name")  # HTTP, or longer than any name
-                elif event.strip().lower() == "/quit":
+                elif unalias(event.strip().lower()) == "/quit":
                     self.leave(person, "quit")
                 else:
                     self._enter(person, event)
@@ -994,7 +1014,7 @@ class Chat:
 
     def _command(self, person: Person, line: str) -> None:
         command, rest = [*line.split(None, 1), ""][:2]
-        command, rest = command.lower(), rest.strip()
+        command, rest = unalias(command.lower()), rest.strip()
         takes, _, whose = COMMANDS.get(command, ("", "", None))
         if not (
             whose == EVERYONE
@@ -1824,16 +1844,21 @@ def open_web_listener(host: str | None, port: int | None) -> socket.socket:
         return open_listener(host, 0)
 
 
-def opening_line(host: str | None, doors: list[socket.socket]) -> str:
-    """Where the room is, and how to join it."""
+def opening_lines(host: str | None, doors: list[socket.socket]) -> str:
+    """Where the room is, and how to join it from here and from another box."""
     ports = [door.getsockname()[1] for door in doors]
     kinds = "IPv4 and IPv6" if doors[0].family == socket.AF_INET6 else "IPv4"
     where = host or f"every address of this box ({kinds})"
     name = host or "localhost"
-    line = f"BATCHAT is open on {where}, port {ports[0]}. Join it: telnet {name} {ports[0]}"
+    lines = [
+        f"BATCHAT is open on {where}, port {ports[0]}.",
+        f"Join it: telnet {name} {ports[0]}",
+    ]
     if ports[1:]:
-        line += f", or in a browser: http://{f'[{name}]' if ':' in name else name}:{ports[1]}/"
-    return line if host else f"{line} (from another box: {socket.gethostname()} for localhost)"
+        lines[1] += f", or in a browser: http://{f'[{name}]' if ':' in name else name}:{ports[1]}/"
+    if not host:
+        lines.append(f"From another box: {socket.gethostname()} in the place of localhost.")
+    return "\n".join(lines)
 
 
 class PatientHandler(logging.Handler):
@@ -1890,13 +1915,13 @@ def start_logging(level: int) -> None:
     logger.setLevel(level)
 
 
-def announce(line: str) -> None:
-    """Write a line to standard output, or to the log where that can't be written to."""
+def announce(lines: str) -> None:
+    """Write lines to standard output, or to the log where that can't be written to."""
     try:
         # Not print(), which tries again at the end to write what it could not, and fails.
-        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+        os.write(sys.stdout.fileno(), f"{lines}\n".encode())
     except (OSError, AttributeError):  # a closed pipe, a full disk; None, if closed from the start
-        logger.info("%s", line)
+        logger.info("%s", lines)
 
 
 def stop_on_signals(reactor: Reactor) -> None:
@@ -1966,7 +1991,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     reactor = Reactor(doors, settings)
     stop_on_signals(reactor)
-    announce(opening_line(host, list(doors)))
+    announce(opening_lines(host, list(doors)))
     return 0 if reactor.run() else 1
 
 
@@ -1994,21 +2019,31 @@ class HTTPError(Exception):
         self.headers = headers
 
 
-def respond(status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
+def respond(status: HTTPStatus, kind: str, body: bytes, *headers: str) -> bytes:
     """A whole response, after which the connection is closed (RFC 9110)."""
-    content = body.encode()
     head = [
         f"HTTP/1.1 {status.value} {status.phrase}",
         f"Date: {formatdate(usegmt=True)}",
         f"Content-Type: text/{kind}; charset=utf-8",
-        f"Content-Length: {len(content)}",
+        *([] if status is HTTPStatus.NOT_MODIFIED else [f"Content-Length: {len(body)}"]),
         "Connection: close",
         "Cache-Control: no-cache",
         "X-Content-Type-Options: nosniff",
         f"Content-Security-Policy: {content_security_policy()}",
         *headers,
     ]
-    return "\r\n".join([*head, "", ""]).encode() + content
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def respond_with_page(fields: dict[str, str]) -> bytes:
+    """The page, small where the browser takes it so; or 304, where it has this very one."""
+    etag = f'W/"{digest("sha256", PAGE)[:16]}"'
+    headers = [f"ETag: {etag}", "Vary: Accept-Encoding"]
+    if etag[2:] in fields.get("if-none-match", ""):
+        return respond(HTTPStatus.NOT_MODIFIED, "html", b"", *headers)
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", fields.get("accept-encoding", "")):
+        return respond(HTTPStatus.OK, "html", zipped_page(), *headers, "Content-Encoding: gzip")
+    return respond(HTTPStatus.OK, "html", PAGE.encode(), *headers)
 
 
 def digest(algorithm: str, text: str) -> str:
@@ -2071,9 +2106,9 @@ def answer(request: Request) -> tuple[bytes, bool]:
     if method not in ("GET", "HEAD"):
         raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
     if path == "/":
-        return respond(HTTPStatus.OK, "html", PAGE), False
+        return respond_with_page(fields), False
     if path == "/hello":
-        return respond(HTTPStatus.OK, "plain", HELLO), False
+        return respond(HTTPStatus.OK, "plain", HELLO.encode()), False
     if minor == "0":  # which knows no upgrades
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     return upgrade(method, fields), True
@@ -2241,7 +2276,7 @@ class WebWire(Wire):
     def close(self, words: str, status: HTTPStatus) -> bytes:
         if self._state is REQUEST and words:
             self._state = NOTHING
-            return respond(status, "plain", words)
+            return respond(status, "plain", words.encode())
         if self._state is FRAMES:
             full = status is HTTPStatus.SERVICE_UNAVAILABLE
             code = CloseCode.GOING_AWAY if full else CloseCode.NORMAL
@@ -2271,7 +2306,7 @@ class WebWire(Wire):
             reply, opened = answer(request)
         except HTTPError as error:
             words = f"{error.status.value} {error.status.phrase}\n"
-            reply = respond(error.status, "plain", words, *error.headers)
+            reply = respond(error.status, "plain", words.encode(), *error.headers)
         if head.startswith(b"HEAD "):
             reply = reply[: reply.index(b"\r\n\r\n") + 4]
         self._data = self._data[size:]
@@ -2326,44 +2361,68 @@ class WebWire(Wire):
 
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --soft: #5b6066; --rule: #d4d7da;
-  --own: #0b5394; --private: #7a1fa2; --shade: 32%; }
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1b1b; --soft: #5b6066; --rule: #d4d7da;
+  --own: #0b5394; --private: #7a1fa2; --mark: #fff3c4;
+  --n0: #b3261e; --n1: #1a56c4; --n2: #116b2e; --n3: #8a4b00;
+  --n4: #7b1fa2; --n5: #00666c; --n6: #a3195b; --n7: #4f5b00; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #14161a; --ink: #e8e8e6; --soft: #a0a6ad; --rule: #363b42;
-    --own: #8fc1ff; --private: #dca6f5; --shade: 74%; }
+    --own: #8fc1ff; --private: #dca6f5; --mark: #3a3312;
+    --n0: #ff8f85; --n1: #8ab4ff; --n2: #7ddc8f; --n3: #f3b562;
+    --n4: #d9a3ff; --n5: #5fd7dd; --n6: #ff8fc0; --n7: #c9d25b; }
 }
 * { box-sizing: border-box; margin: 0; }
 html, body { height: 100%; }
 body { display: flex; flex-direction: column; height: 100dvh; background: var(--paper);
   color: var(--ink); font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-main { flex: 1; overflow-y: auto; padding: 1rem max(1rem, 50vw - 28rem); }
-p { min-height: 1.45em; white-space: pre-wrap; overflow-wrap: anywhere; }
-.banner { white-space: pre; font-size: min(1em, 2.2vw); line-height: 1.2; min-height: 1em; }
+header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); }
+header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
+main { flex: 1; overflow-y: auto; display: flex; flex-direction: column; }
+#lines { margin-top: auto; }
+#lines p { position: relative; min-height: 1.45em; padding-left: 9ch; text-indent: -2ch; overflow: clip;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
+#lines .banner { padding: 0; text-indent: 0; white-space: pre; font-size: min(1em, 2.2vw);
+  line-height: 1.2; min-height: 1em; }
 .notice { color: var(--soft); }
-.own { color: var(--own); }
+.own { box-shadow: inset 3px 0 var(--own); background: color-mix(in srgb, var(--own) 7%, transparent); }
 .private { color: var(--private); font-style: italic; }
-.name { color: hsl(var(--hue) 65% var(--shade)); font-weight: bold; }
 .action { font-style: italic; }
-.past { opacity: .72; }
-footer { border-top: 1px solid var(--rule); padding: .6rem max(1rem, 50vw - 28rem); }
-input { width: 100%; padding: .5rem .7rem; font: inherit; color: inherit; background: transparent;
-  border: 1px solid var(--soft); border-radius: .4rem; }
-input:focus-visible, button:focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
-#status { color: var(--soft); min-height: 0; }
-#more { display: block; margin: 0 auto .6rem; padding: .3rem .9rem; font: inherit; cursor: pointer;
-  color: var(--paper); background: var(--own); border: 0; border-radius: 1rem; }
-#more[hidden] { display: none; }
+.past { opacity: .8; }
+.mention { background: var(--mark); }
+.name { font-weight: bold; }
+.n0 { color: var(--n0); } .n1 { color: var(--n1); } .n2 { color: var(--n2); } .n3 { color: var(--n3); }
+.n4 { color: var(--n4); } .n5 { color: var(--n5); } .n6 { color: var(--n6); } .n7 { color: var(--n7); }
+a { color: inherit; unicode-bidi: isolate; }
+.command { display: inline-block; min-width: 21ch; text-indent: 0; }
+footer { border-top: 1px solid var(--rule); }
+form { display: flex; gap: .5rem; }
+input { flex: 1; min-width: 0; padding: .5rem .7rem; font: inherit; color: inherit;
+  background: transparent; border: 1px solid var(--soft); border-radius: .4rem; }
+button { font: inherit; cursor: pointer; padding: .3rem .9rem; border: 0; border-radius: .4rem;
+  color: var(--paper); background: var(--own); }
+:focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
+summary { cursor: pointer; }
+details { position: relative; }
+ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem;
+  list-style: none; background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
+li button { width: 100%; text-align: left; background: none; color: inherit; }
+#status { color: var(--soft); }
+#more { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
+#more[hidden], #who[hidden] { display: none; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-@media (prefers-reduced-motion: no-preference) { main.smooth { scroll-behavior: smooth; } }
+@media (max-width: 500px) { .does { display: block; text-indent: 0; } }
 """
 
 SCRIPT = r"""
 "use strict";
 const LINES_KEPT = 5000;
+const PAINT_EVERY = 40;  // milliseconds
 const NAME_KEPT = 150;  // seconds for which our old line, if nobody saw it end, may have our name
-const log = document.querySelector("main"), form = document.querySelector("form");
-const input = document.querySelector("input"), more = document.querySelector("#more");
-const status = document.querySelector("#status");
+const COLOURS = 8;
+const find = selector => document.querySelector(selector);
+const log = find("main"), lines = find("#lines"), form = find("form"), input = find("input");
+const more = find("#more"), status = find("#status"), who = find("#who"), names = find("ul");
 const words = log.dataset;  // what the room says, with {0} for who and {1} for what
 
 // calling: the line is not open yet, or was lost;  banner: until its first empty line;
@@ -2372,32 +2431,46 @@ const words = log.dataset;  // what the room says, with {0} for who and {1} for 
 // name that we have;  left: for good.
 let state = "calling";
 let socket;
-let name = "";   // ours, once we have one; we give it again when we come back
+let name = sessionStorage.getItem("name") || "";  // ours; we give it again when we come back
 let lostAt = 0;  // when we last had it, in milliseconds
 let pause = 1;   // seconds until the next try to come back
-let below = 0;   // new lines under the end of the screen
-let unread = 0;  // new lines since the tab was hidden
+let queue = [];  // lines that are not painted yet
+let painting = 0;      // the timer that will
+let following = true;  // the last line is in sight, and shall be
+let below = 0;     // new lines under the end of the screen
+let unread = 0;    // new lines since the tab was hidden
+let called = false;  // one of them has our name
 let past = [];   // what was said before we came
 let heard = [];  // what we have read since then, as the room says it ...
 let said = [];   // ... and what we have said
+let typed = [], typedAt = 0;  // what was entered, and where ArrowUp has gone to in it
+let completing = null;  // the names that Tab goes through
+let present = new Set();
+const colours = new Map();  // of names, those who spoke last at its end
+let asking = 0;  // our own questions for who is here, whose answers are not shown
+
+// The line to the room
 
 function connect() {
   const url = new URL("chat", location.href);
   url.protocol = url.protocol.replace("http", "ws");
   socket = new WebSocket(url);
   state = "calling";
-  status.textContent = "";
+  asking = 0;
+  present.clear();
+  tell("");
   socket.onopen = () => { state = name ? "returning" : "banner"; };
   socket.onmessage = event => receive(event.data);
   socket.onclose = event => {
+    present.clear();
     if (event.code === 1000) {
       state = "left";
-      name = "";
-      status.textContent = "You have left. Press Enter to join again.";
+      call("");
+      tell("You have left. Press Enter to join again.");
     } else {
       if (state === "chatting") lostAt = Date.now();
       state = "calling";
-      status.textContent = `The line is lost. Trying again in ${pause} s.`;
+      tell(`The line is lost. Trying again in ${pause} s.`);
       setTimeout(connect, pause * 1000);
       pause = Math.min(pause * 2, 30);
     }
@@ -2409,28 +2482,74 @@ function receive(text) {
     if (text === words.prompt) { socket.send(name); return; }
     const taken = text === "* " + words.taken.replace("{0}", name);
     if (taken && Date.now() < lostAt + NAME_KEPT * 1000) { socket.close(); return; }
-    if (!taken && !text.startsWith("* ") && !find(words.hey, text)) return;  // the banner is no news
+    if (!taken && !text.startsWith("* ") && !match(words.hey, text)) return;  // the banner is no news
+    if (!match(words.hey, text)) call("");
     state = "chatting";
   }
-  const hey = find(words.hey, text), renamed = find(words.renamed, text);
-  if (hey) { name = hey[1]; pause = 1; }
-  if (renamed && renamed[1] === name) name = renamed[2];
-  if (state === "banner" && text === "") state = "chatting";
+  if (state === "banner" && text === "") { state = "chatting"; tell(""); }
   if (text.startsWith(words.before.split("{")[0])) { state = "past"; past = []; }
   if (state === "past") {
     past.push(text);
     if (text === words.now) { state = "chatting"; showPast(); }
     return;
   }
+  const hey = match(words.hey, text);
+  if (hey) { call(hey[1]); pause = 1; asking += 1; socket.send("/who"); }
+  if (noteWhoIsHere(text)) return;
   const kind = state === "banner" ? "banner" : kindOf(text);
-  if (/^(<|\*\* )/.test(text)) keep(heard, text);
+  if (kind === "said" || kind === "action") keep(heard, text);
   show(text, kind);
+}
+
+// Take note of who comes and goes; returns whether it is an answer that nobody but us has asked for.
+function noteWhoIsHere(text) {
+  const here = /^\* \d+ here: (.*)$/.exec(text);
+  const [joined, renamed] = [match(words.joined, text), match(words.renamed, text)];
+  const gone = match(words.quit, text) || match(words.thrown, text);
+  const leave = one => { present.delete(one); present.delete("@" + one); };
+  if (here) present = new Set(here[1].split(", "));
+  if (joined) present.add(joined[1]);
+  if (gone) leave(gone[1]);
+  if (renamed) { present.add((present.has("@" + renamed[1]) ? "@" : "") + renamed[2]); leave(renamed[1]); }
+  if (renamed && renamed[1] === name) call(renamed[2]);
+  if (here || joined || gone || renamed) tell(status.textContent);
+  return here && asking > 0 && asking--;
+}
+
+// What stands in `text` for {0}, which has no space, and {1} of `pattern`; null where it is something else.
+function match(pattern, text) {
+  const literally = pattern.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
+  return new RegExp("^" + literally.replace("{0}", "(\\S+)").replace("{1}", "(.+)") + "$").exec(text);
+}
+
+function call(ours) {
+  name = ours;
+  if (name) sessionStorage.setItem("name", name); else sessionStorage.removeItem("name");
+  tell("");
+}
+
+// Say how things stand: beside the input, in it, and who is here.
+function tell(text) {
+  status.textContent = text;
+  input.placeholder = name ? "Say something, or /help" : "Your name";
+  who.hidden = present.size === 0;
+  find("summary").textContent = `${present.size} here`;
+  names.replaceChildren(...who.open ? [...present].sort().map(nameButton) : []);
+}
+
+function nameButton(one) {
+  const item = document.createElement("li"), button = document.createElement("button");
+  button.type = "button";
+  button.textContent = one;
+  button.onclick = () => { who.open = false; input.value = `/msg ${one.replace("@", "")} `; input.focus(); };
+  item.append(button);
+  return item;
 }
 
 // Show what was said before we came, but not what is on the screen already.
 function showPast() {
-  const [first, ...lines] = past, last = lines.pop();
-  const others = lines.map((line, at) => [line.slice(6), at]).filter(([line]) => !isOurs(line));
+  const [first, ...all] = past, last = all.pop();
+  const others = all.map((line, at) => [line.slice(6), at]).filter(([line]) => !isOurs(line));
   let from = 0, matching = 0;
   for (let end = others.length; end > 0; end -= 1) {
     let same = 0;
@@ -2438,69 +2557,139 @@ function showPast() {
     if (same > matching) { matching = same; from = others[end - 1][1] + 1; }
   }
   const isOnScreen = line => isOurs(line) && said.includes(line);
-  const news = lines.slice(from).filter(line => !isOnScreen(line.slice(6)));
+  const news = all.slice(from).filter(line => !isOnScreen(line.slice(6)));
   if (!news.length) return;
-  for (const line of [first, ...news, last]) show(line, "past");
-  for (const line of news) keep(heard, line.slice(6));
+  show(first, "past");
+  for (const line of news) { show(line.slice(6), "past", line.slice(0, 5)); keep(heard, line.slice(6)); }
+  show(last, "past");
 }
-
-function keep(lines, line) { if (lines.push(line) > LINES_KEPT) lines.shift(); }
 
 function isOurs(line) { return line.startsWith(`<${name}> `) || line.startsWith(`** ${name} `); }
 
-// What stands in `text` for {0} and {1} of `pattern`; null where it is something else.
-function find(pattern, text) {
-  const literally = pattern.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
-  return new RegExp("^" + literally.replace(/\{\d\}/g, "(\\S+)") + "$").exec(text);
-}
+function keep(list, line) { if (list.push(line) > LINES_KEPT) list.shift(); }
+
+// The screen
 
 function kindOf(text) {
   if (text.startsWith("** ")) return "action";
   if (text.startsWith("* ")) return "notice";
   if (text.startsWith("[")) return "private";
-  return "said";
+  return text.startsWith("<") ? "said" : "room";
 }
 
-function show(text, kind) {
-  const stay = atEnd();
-  const line = document.createElement("p");
-  line.className = kind;
-  const parts = kind === "said" || kind === "action" || kind === "private"
-    ? /^(<|\*\* |\[)([^\s>]+)(.*)$/.exec(text) : null;
-  if (parts) {
-    const who = document.createElement("span");
-    who.className = "name";
-    who.style.setProperty("--hue", hueOf(parts[2]));
-    who.textContent = parts[2];
-    line.append(parts[1], who, parts[3]);
-  } else {
-    line.textContent = text;
+// Have a line painted soon, with all that come until then: each layout takes as long as the log is.
+function show(text, kind, at) {
+  queue.push({ text, kind, at, when: new Date() });
+  if (queue.length > LINES_KEPT) queue.shift();
+  const news = kind === "past" || kind === "own" ? 0 : 1;
+  if (kind === "own") following = true;
+  if (!following) below += news;
+  if (document.hidden) {
+    unread += news;
+    called = called || ["said", "action", "private"].includes(kind) && isCalled(text);
   }
-  log.append(line);
-  if (log.childElementCount > LINES_KEPT) log.firstElementChild.remove();
-  const news = kind === "past" ? 0 : 1;
-  if (stay || kind === "own") toEnd(); else below += news;
-  if (document.hidden) unread += news;
+  if (!painting) painting = setTimeout(paint, PAINT_EVERY);
+}
+
+function paint() {
+  painting = 0;
+  lines.append(...queue.splice(0).map(paragraph));
+  const old = document.createRange();
+  old.setStart(lines, 0);
+  old.setEnd(lines, Math.max(0, lines.childElementCount - LINES_KEPT));
+  old.deleteContents();
+  if (following) toEnd();
   count();
 }
 
-function hueOf(name) {
-  let hash = 0;
-  for (const character of name.toLowerCase()) hash = (hash * 31 + character.codePointAt(0)) % 99991;
-  return hash % 360;
+function paragraph({ text, kind, at, when }) {
+  const line = document.createElement("p");
+  line.className = kind;
+  if (kind === "banner") { line.textContent = text; line.ariaHidden = "true"; return line; }
+  const time = document.createElement("time");
+  time.dateTime = at || when.toISOString();
+  time.textContent = at || when.toTimeString().slice(0, 5);
+  const parts = /^(<|\*\* |\[you -> |\[)([\p{L}\p{M}\p{Nd}_.-]+)(>| -> you\]|\]|)( .*|)$/su.exec(text);
+  const help = /^\* (\/.*\S) {3,}(.*)$/.exec(text);
+  if (text) line.append(time);
+  if (parts) {
+    if (kind !== "own" && isCalled(parts[4])) line.classList.add("mention");
+    line.append(parts[1], nameOf(parts[2]), parts[3], ...linked(parts[4]));
+  } else if (help) {
+    const command = document.createElement("span");
+    command.className = "command";
+    command.textContent = "* " + help[1];
+    const does = document.createElement("span");
+    does.className = "does";
+    does.textContent = help[2];
+    line.append(command, does);
+  } else {
+    line.append(...linked(text));
+  }
+  return line;
 }
 
-function atEnd() { return log.scrollHeight - log.scrollTop - log.clientHeight < 40; }
+function nameOf(one) {
+  const isolated = document.createElement("bdi");
+  isolated.className = `name n${colourOf(one.toLowerCase())}`;
+  isolated.textContent = one;
+  return isolated;
+}
 
-function toEnd() { log.scrollTop = log.scrollHeight; below = 0; }
+// By hash; or the next one that nobody else of the last few has.
+function colourOf(one) {
+  let colour = colours.get(one);
+  if (colour === undefined) {
+    const last = [...colours.values()].slice(1 - COLOURS);
+    colour = [...one].reduce((hash, character) => (hash * 31 + character.codePointAt(0)) % 99991, 0) % COLOURS;
+    while (last.includes(colour)) colour = (colour + 1) % COLOURS;
+  }
+  colours.delete(one);
+  colours.set(one, colour);
+  return colour;
+}
+
+// `text` as nodes, its links among them; where one goes elsewhere than it seems to, it says so.
+function linked(text) {
+  return text.split(/(https?:\/\/[^\s<>"]+)/i).flatMap((part, at) => {
+    const trimmed = at % 2 ? part.replace(/[()[\]{}.,;:!?']+$/, "") : "";
+    let url;
+    try { url = new URL(trimmed); } catch { return [part]; }
+    if (url.username || url.password) return [part];
+    const link = document.createElement("a");
+    [link.href, link.target, link.rel] = [url.href, "_blank", "noopener noreferrer nofollow"];
+    link.dir = "ltr";
+    link.textContent = trimmed;
+    const seems = trimmed.split("/")[2].toLowerCase() === url.host;
+    return [link, seems ? "" : ` (${url.host})`, part.slice(trimmed.length)];
+  });
+}
+
+function isCalled(text) {
+  const called = text.replace(/^\S* /, "").toLowerCase().split(/[^\p{L}\p{M}\p{Nd}_.-]+/u);
+  return name !== "" && called.some(word => word.replace(/[.-]+$/, "") === name.toLowerCase());
+}
+
+function toEnd() { log.scrollTop = log.scrollHeight; following = true; below = 0; }
 
 function count() {
   more.hidden = below === 0;
   more.textContent = `\u2193 ${below} new ${below === 1 ? "line" : "lines"}`;
-  document.title = unread ? `(${unread}) BATCHAT` : "BATCHAT";
+  document.title = unread ? `(${called ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
 
-function canSay() { return socket.readyState === WebSocket.OPEN && state === "chatting"; }
+log.addEventListener("scroll", () => {
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  if (following) { below = 0; count(); }
+});
+const resized = new ResizeObserver(() => { if (following) toEnd(); });
+resized.observe(log);
+resized.observe(lines);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) { unread = 0; called = false; count(); }
+});
+
+// The keyboard
 
 function say(text) {
   if (new TextEncoder().encode(text).length > words.lineLimit) {
@@ -2508,34 +2697,70 @@ function say(text) {
     return;
   }
   socket.send(text);
-  const me = /^\/me +(.*)$/i.exec(text);
-  keep(said, me ? `** ${name} ${me[1]}` : `<${name}> ${text.replace("//", "/")}`);
-  show(text, "own");
+  typedAt = typed.length;
+  if (/^\s*\/op(\s|$)/i.test(text)) return;  // a password
+  keep(typed, text);
+  typedAt = typed.length;
+  const me = /^\/me +(.*)$/i.exec(text), command = /^\/[^/]/.test(text);
+  const line = me ? `** ${name} ${me[1]}` : `<${name}> ${text.replace(/^\/\//, "/")}`;
+  if (name && (me || !command)) keep(said, line);
+  show(name && (me || !command) ? line : text, "own");
 }
+
+function canSay() { return socket.readyState === WebSocket.OPEN && state === "chatting"; }
 
 form.addEventListener("submit", event => {
   event.preventDefault();
-  if (state === "left") { connect(); return; }
+  if (state === "left") { name = input.value.trim(); input.value = ""; connect(); return; }
   if (!canSay()) return;  // what was typed stays
   say(input.value);
   input.value = "";
 });
 
 input.addEventListener("paste", event => {  // an input would make one line of many
-  const lines = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
-  if (lines.length === 1 || !canSay()) return;
+  const all = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
+  if (all.length === 1 || !canSay()) return;
   event.preventDefault();
-  lines[0] = input.value.slice(0, input.selectionStart) + lines[0];
-  input.value = lines.pop() + input.value.slice(input.selectionEnd);
-  for (const line of lines) say(line);
+  all[0] = input.value.slice(0, input.selectionStart) + all[0];
+  input.value = all.pop() + input.value.slice(input.selectionEnd);
+  for (const line of all) say(line);
 });
 
-log.addEventListener("scroll", () => {
-  if (atEnd()) { below = 0; count(); }
+input.addEventListener("keydown", event => {
+  const by = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  if (by && typed[typedAt + by] !== undefined || by === 1 && typedAt < typed.length) {
+    event.preventDefault();
+    typedAt += by;
+    input.value = typed[typedAt] || "";
+  }
+  if (event.key === "Tab" && !event.shiftKey && complete()) event.preventDefault();
+  if (event.key !== "Tab") completing = null;
 });
-log.addEventListener("click", () => { if (!getSelection().toString()) input.focus(); });
+
+// Complete the name before the cursor, or put the next one in its place; returns whether there is any.
+function complete() {
+  if (!completing) {
+    const at = input.value.slice(0, input.selectionStart).search(/\S*$/);
+    const begun = input.value.slice(at, input.selectionStart).toLowerCase();
+    const found = [...present].map(one => one.replace("@", "")).sort()
+      .filter(one => begun && one !== name && one.toLowerCase().startsWith(begun));
+    completing = { at, found, rest: input.value.slice(input.selectionStart) };
+  }
+  const { at, found, rest } = completing, next = found.shift();
+  if (!next) return false;
+  found.push(next);
+  input.setRangeText(next + (at ? " " : ": "), at, input.value.length - rest.length, "end");
+  return true;
+}
+
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && who.open) { who.open = false; input.focus(); }
+});
+who.addEventListener("toggle", () => tell(status.textContent));
+log.addEventListener("click", event => {
+  if (!getSelection().toString() && !event.target.closest("a")) input.focus();
+});
 more.addEventListener("click", () => { toEnd(); count(); input.focus(); });
-document.addEventListener("visibilitychange", () => { if (!document.hidden) { unread = 0; count(); } });
 
 connect();
 """
@@ -2543,24 +2768,35 @@ connect();
 PAGE = f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
 <title>BATCHAT</title>
 <link rel="icon" href="data:,">
 <style>{STYLE}</style>
-<main role="log" aria-label="The chat" aria-live="polite" tabindex="0"
-  data-prompt="{PROMPT}" data-hey="{HEY.strip()}" data-renamed="{RENAMED.strip()}"
-  data-taken="{TAKEN}" data-before="{BEFORE.strip()}" data-now="{NOW.strip()}" data-line-limit="{LINE_LIMIT}"></main>
+<header><b>BATCHAT</b><details id="who" hidden><summary></summary><ul></ul></details></header>
+<main tabindex="0" aria-label="The chat"
+  data-prompt="{PROMPT}" data-hey="{HEY.strip()}" data-joined="{JOINED.strip()}"
+  data-quit="{QUIT.strip()}" data-thrown="{THROWN_OUT.strip()}" data-renamed="{RENAMED.strip()}"
+  data-taken="{TAKEN}" data-before="{BEFORE.strip()}" data-now="{NOW.strip()}"
+  data-line-limit="{LINE_LIMIT}"><div id="lines" role="log" aria-live="polite"></div></main>
 <footer>
 <button id="more" type="button" hidden></button>
 <p id="status" role="status"></p>
 <form>
 <label class="unseen" for="line">Your name, and then what you say</label>
 <input id="line" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus>
+<button aria-label="Send">Send</button>
 </form>
 </footer>
 <script>{SCRIPT}</script>
 </html>
 """
+
+
+@functools.lru_cache(maxsize=None)
+def zipped_page() -> bytes:
+    import gzip  # here, like hashlib
+
+    return gzip.compress(PAGE.encode(), mtime=0)
 
 
 @functools.lru_cache(maxsize=None)

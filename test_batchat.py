@@ -15,6 +15,7 @@ import contextlib
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import itertools
 import json
@@ -356,7 +357,7 @@ class Server(contextlib.AbstractContextManager):
         command = command_line("--port", "0", *options, descriptors=descriptors)
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
         self.process = subprocess.Popen(command, **how)
-        self.opening_line = self.process.stdout.readline()
+        self.opening_line = self.process.stdout.readline() + self.process.stdout.readline()
         self.port = int(re.search(r"port (\d+)", self.opening_line)[1])
         web = re.search(r"http://.*:(\d+)/", self.opening_line)
         self.web_port = int(web[1]) if web else 0
@@ -519,6 +520,14 @@ class Chromium(contextlib.AbstractContextManager):
     def shows(self, text: str) -> None:
         wait_until(lambda: text in self.does("return document.body.innerText"))
 
+    def sized(self, width: int, height: int) -> None:
+        how = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        how = {"cmd": "Emulation.setDeviceMetricsOverride", "params": how}
+        self._ask("POST", "/goog/cdp/execute", **how)
+
+    def is_true(self, script: str) -> None:
+        wait_until(lambda: self.does("return " + script))
+
     def titled(self, title: str) -> None:
         wait_until(lambda: self.does("return document.title") == title)
 
@@ -527,7 +536,7 @@ class Chromium(contextlib.AbstractContextManager):
         return [entry["message"] for entry in self._ask("POST", "/se/log", type="browser")]
 
 
-ENTER = "\ue007"
+ENTER, TAB, UP, DOWN, ESCAPE = "\ue007", "\ue004", "\ue013", "\ue015", "\ue00c"
 
 
 @pytest.fixture(scope="module")
@@ -882,7 +891,7 @@ class Peer:
         """What they must get at the very end."""
         unavailable = status == HTTPStatus.SERVICE_UNAVAILABLE
         if not self.opened:
-            return batchat.respond(status, "plain", words) if words else b""
+            return batchat.respond(status, "plain", words.encode()) if words else b""
         goodbye = b""
         if self.wire is WebWire:
             goodbye = b"\x88\x02" + struct.pack("!H", 1001 if unavailable else 1000)
@@ -2213,6 +2222,30 @@ def test_what_can_not_be_done_is_explained_to_its_sender_alone(room, answer, lin
     assert (mike.state, mike.name) == (batchat.State.CHATTING, "mike")
 
 
+@pytest.mark.parametrize("line", ["/exit", "/bye", "/q", "/Quit"])
+def test_whoever_wants_to_leave_does_so_by_any_of_its_names_inside_and_at_the_prompt(room, line):
+    ann, mike, caller = room.join("ann"), room.join("mike"), room.caller()
+    mike.types(line)
+    assert ann.reads() == "* mike has quit the chat\n"
+    caller.types(line)
+    assert caller.state is batchat.CLOSING
+
+
+@pytest.mark.parametrize("line", ["/names", "/list"])
+def test_who_is_here_is_told_under_other_names_too(room, line):
+    ann = room.join("ann")
+    ann.types(line)
+    assert ann.reads() == "* 1 here: ann\n"
+
+
+@pytest.mark.parametrize("line", ["help", "?"])
+def test_who_says_help_is_told_once_of_the_command(room, line):
+    ann, mike = room.join("ann"), room.join("mike")
+    mike.types(line, line)
+    assert mike.reads() == "* /help shows what you can type.\n"
+    assert ann.reads() == f"<mike> {line}\n" * 2
+
+
 def test_help_names_every_command():
     for command in ["/help", "/who", "/me", "/msg", "/nick", "/ignore", "/quit", "//"]:
         assert f"* {command} " in batchat.help_for(False)
@@ -2754,6 +2787,14 @@ def test_it_listens_on_every_address_and_says_so():
         _, log = server.ends()
     assert "mike joined from 127.0.0.1 port" in log
     assert "jonny joined from ::1 port" in log
+
+
+def test_the_opening_lines_fit_on_80_columns():
+    with Server("--web-port", "0") as server:
+        lines = [*server.opening_line.splitlines(), server.process.stdout.readline().rstrip()]
+    assert len(lines) == 3
+    assert all(len(line) <= 80 for line in lines[:2])
+    assert lines[2] == f"From another box: {socket.gethostname()} in the place of localhost."
 
 
 def test_it_listens_on_one_address_alone_when_told_to():
@@ -4565,7 +4606,7 @@ def test_people_in_chromium_and_in_telnet_talk_in_one_room(chromium, jonny):
     )
     chromium.types("hey everyone!" + ENTER)
     jonny.reads("<mike> hey everyone!\n")
-    assert chromium.finds(".own:last-child", "textContent") == ["hey everyone!"]
+    chromium.shows("<mike> hey everyone!")
     jonny.types("<b>bold</b> <script>document.title = 'hacked'</script> &amp;", "/me waves")
     jonny.types("/msg mike psst")
     chromium.shows("<jonny> <b>bold</b> <script>document.title = 'hacked'</script> &amp;")
@@ -4638,14 +4679,14 @@ def test_the_page_shows_what_was_said_before_but_no_line_twice_nor_as_unread(chr
         ann.types("hi", "hi", "hello")
         chromium.joins(server, "mike")
         chromium.shows(batchat.NOW.strip())
-        past = [line[6:] for line in chromium.finds(".past", "textContent")[1:-1]]
+        past = [line[5:] for line in chromium.finds(".past", "textContent")[1:-1]]
         assert past == ["<ann> hi", "<ann> hi", "<ann> hello"]
         ann.reads("* mike has joined the chat\n")
         chromium.types(f"mine{ENTER}/me waves{ENTER}")
         ann.reads("<mike> mine\n** mike waves\n")
         ann.types("hi", "so")
         chromium.shows("<ann> so")
-        chromium.does("window.setTimeout = again => { window.again = again; }; socket.close()")
+        chromium.does(LOSE_THE_LINE)
         ann.reads("* mike has quit the chat\n")
         ann.types("hi", "where are you?")
         chromium.does(
@@ -4653,13 +4694,13 @@ def test_the_page_shows_what_was_said_before_but_no_line_twice_nor_as_unread(chr
         )
         chromium.does("again()")
         chromium.shows("where are you?")
-        past = [line[6:] for line in chromium.finds(".past", "textContent")[6:-1]]
+        past = [line[5:] for line in chromium.finds(".past", "textContent")[6:-1]]
         assert past == ["<ann> hi", "<ann> where are you?"]
         chromium.titled("(2) BATCHAT")  # "Hey, mike!" and its empty line
 
 
 def test_while_somebody_else_has_its_name_the_page_tries_again_until_it_is_free(chromium, jonny):
-    chromium.does("window.setTimeout = again => { window.again = again; }; socket.close()")
+    chromium.does(LOSE_THE_LINE)
     jonny.reads("* mike has quit the chat\n")
     chromium.shows("Trying again in 1 s.")
     jonny.types("/nick mike")
@@ -4682,6 +4723,229 @@ def test_who_has_left_joins_again_with_enter(chromium, jonny):
     wait_until(lambda: chromium.does("return state") == "chatting")
     chromium.types("ann" + ENTER)
     jonny.reads("* ann has joined the chat\n")
+
+
+# And come back when `again` is called.
+LOSE_THE_LINE = (
+    "const timer = window.setTimeout;"
+    "window.setTimeout = (what, ms) => ms < 1000 ? timer(what, ms) : (window.again = what);"
+    "socket.close()"
+)
+AT_END = "log.scrollHeight - log.scrollTop - log.clientHeight < 40"
+
+
+def test_lines_that_arrive_together_are_painted_together_and_only_the_last_are_kept(
+    chromium, jonny
+):
+    painted = chromium.does(
+        "const before = lines.childElementCount;"
+        "for (let n = 0; n < 12000; n += 1) receive(`<jonny> line ${n}`);"
+        "return [lines.childElementCount - before, queue.length];"
+    )
+    assert painted == [0, 5000]
+    chromium.shows("line 11999")
+    assert chromium.does("return [lines.childElementCount, queue.length]") == [5000, 0]
+    assert chromium.does("return " + AT_END)
+
+
+def test_whoever_is_at_the_end_stays_there_whatever_changes_the_size(chromium, jonny):
+    jonny.types(*[f"line {n}" for n in range(49)])
+    chromium.shows("line 48")
+    for height in (300, 700, 400):
+        chromium.sized(390, height)
+        chromium.is_true(f"innerHeight === {height} && {AT_END}")
+    chromium.does("tell('a status\\nof more\\nthan one row')")
+    chromium.is_true(AT_END)
+    chromium.does("log.scrollTop = 100")
+    chromium.is_true("!following")
+    chromium.sized(390, 300)
+    chromium.is_true("innerHeight === 300")
+    assert chromium.does("return log.scrollTop") == 100
+    chromium.sized(800, 500)
+
+
+def test_the_first_screen_says_what_to_do(chromium):
+    with Server("--web-port", "0") as server:
+        chromium._ask("POST", "/url", url=f"http://localhost:{server.web_port}/")
+        chromium.shows(batchat.PROMPT.strip())
+        assert chromium.does("return input.placeholder") == "Your name"
+        between = (
+            "input.getBoundingClientRect().top - lines.lastChild.getBoundingClientRect().bottom"
+        )
+        assert 0 <= chromium.does("return " + between) < 50
+        assert set(chromium.finds(".banner", "ariaHidden")) == {"true"}
+        chromium.types("mike")
+        chromium.does("find('form button').click()")
+        chromium.shows(hey("mike").strip())
+        assert chromium.does("return input.placeholder") == "Say something, or /help"
+        assert chromium.finds("form button", "ariaLabel") == ["Send"]
+
+
+def test_each_line_has_its_time_and_name_and_hangs_in(chromium, jonny):
+    jonny.types("hi")
+    chromium.types(f"hello{ENTER}")
+    chromium.shows("<mike> hello")
+    for kind, name in (("said", "jonny"), ("own", "mike")):
+        line = f"[...document.querySelectorAll('.{kind}')].pop()"
+        time_of = chromium.does(f"return {line}.querySelector('time').dateTime")
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", time_of)
+        assert re.fullmatch(
+            r"\d\d:\d\d", chromium.does(f"return {line}.querySelector('time').innerText")
+        )
+        assert chromium.does(f"return {line}.querySelector('bdi').textContent") == name
+        style = chromium.does(
+            f"const style = getComputedStyle({line});"
+            "return [style.textIndent, style.paddingLeft, style.overflowX, style.boxShadow]"
+        )
+        assert style[0].startswith("-")
+        assert float(style[1][:-2]) > -float(style[0][:-2])
+        assert style[2] == "clip"
+        assert (style[3] != "none") == (kind == "own")
+
+
+@pytest.mark.parametrize(
+    ("said", "links"),
+    [
+        (
+            "see https://example.com/a?b=c#d.",
+            {"https://example.com/a?b=c#d": "https://example.com/a?b=c#d"},
+        ),
+        ("(http://example.com/x), and", {"http://example.com/x": "http://example.com/x"}),
+        ("javascript:alert(1) ftp://x.example data:text/html,x", {}),
+        ("https://user:secret@example.com/ https://good.example@evil.example", {}),
+        ("<img src=x onerror=alert(1)> https://", {}),
+        (
+            "https://b\u00fccher.example/",
+            {"https://b\u00fccher.example/": "https://xn--bcher-kva.example/"},
+        ),
+    ],
+)
+def test_links_can_be_clicked_and_go_where_they_seem_to(chromium, jonny, said, links):
+    jonny.types(said)
+    chromium.is_true(f"lines.lastChild.textContent.includes({json.dumps(said[:12])})")
+    found = chromium.finds(".said:last-child a", "textContent")
+    assert dict(zip(found, chromium.finds(".said:last-child a", "href"))) == links
+    assert {*chromium.finds(".said:last-child a", "rel")} <= {"noopener noreferrer nofollow"}
+    assert {*chromium.finds(".said:last-child a", "target")} <= {"_blank"}
+    shown = chromium.does("return lines.lastChild.textContent")
+    assert ("(xn--bcher-kva.example)" in shown) == ("\u00fc" in said)
+    assert not chromium.finds("img", "src")
+
+
+def test_who_is_here_is_counted_and_listed_and_a_click_whispers_to_one(chromium, jonny):
+    chromium.is_true("find('summary').textContent === '2 here'")
+    assert "2 here: " not in chromium.does("return lines.innerText")  # which it asked by itself
+    jonny.types("/nick john")
+    chromium.does("who.open = true")
+    chromium.is_true("names.innerText === 'john\\nmike'")
+    chromium.does("find('li button').click()")
+    assert chromium.does("return [input.value, who.open, document.activeElement.id]") == [
+        *("/msg john ", False, "line")
+    ]
+    chromium.does("input.value = ''")
+    chromium.types(f"/who{ENTER}")
+    chromium.shows("* 2 here: john, mike")
+    jonny.types("/quit")
+    chromium.is_true("find('summary').textContent === '1 here'")
+
+
+def test_arrows_go_through_what_one_said_and_tab_completes_names_and_escape_closes(chromium, jonny):
+    chromium.is_true("present.size === 2")
+    chromium.types(f"one{ENTER}two{ENTER}{UP}{UP}")
+    assert chromium.does("return input.value") == "one"
+    chromium.types(DOWN)
+    assert chromium.does("return input.value") == "two"
+    chromium.types(f"{DOWN}jo{TAB}")
+    assert chromium.does("return input.value") == "jonny: "
+    chromium.types(f"ask Jo{TAB}")
+    assert chromium.does("return input.value") == "jonny: ask jonny "
+    chromium.does("who.open = true")
+    chromium.types(ESCAPE)
+    assert not chromium.does("return who.open")
+    chromium.types(f"nobody{TAB}")
+    assert chromium.does("return document.activeElement.id") != "line"
+
+
+def test_a_line_with_ones_own_name_is_marked_and_the_title_of_a_hidden_tab_says_so(chromium, jonny):
+    chromium.does("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
+    jonny.types("mikes are not meant", "but MIKE, you are")
+    chromium.titled("(@2) BATCHAT")
+    assert [text[5:] for text in chromium.finds(".mention", "textContent")] == [
+        "<jonny> but MIKE, you are"
+    ]
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2, relative luminance."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_colour_can_be_read_on_its_paper_in_light_and_in_dark():
+    light, dark = [
+        dict(re.findall(r"--(\w+): (#\w{6})", part))
+        for part in batchat.STYLE.split("@media", 2)[:2]
+    ]
+    assert light.keys() == dark.keys()
+    for colours in (light, dark):
+        papers = [luminance(colours["paper"]), luminance(colours["mark"])]
+        for colour in {*colours} - {"paper", "mark", "rule"}:
+            for paper in papers:
+                low, high = sorted([luminance(colours[colour]), paper])
+                assert (high + 0.05) / (low + 0.05) >= 4.5, colour
+
+
+def test_the_names_of_five_people_who_talk_have_five_colours(chromium, jonny):
+    chromium.does("for (const one of 'ann bob cy dan eve'.split(' ')) receive(`<${one}> hi`)")
+    chromium.shows("<eve> hi")
+    assert len({*chromium.finds(".said bdi", "className")}) >= 5
+
+
+def test_who_was_idle_at_the_prompt_gives_their_name_with_enter(chromium):
+    with Server("--web-port", "0") as server:
+        chromium._ask("POST", "/url", url=f"http://localhost:{server.web_port}/")
+        chromium.shows(batchat.PROMPT.strip())
+        chromium.does("socket.onclose({code: 1000}); socket.onclose = null; socket.close()")
+        chromium.shows("Press Enter to join again.")
+        chromium.types(f"mike{ENTER}")
+        chromium.shows(hey("mike").strip())
+
+
+def test_a_name_outlives_a_reload_and_is_asked_for_again_when_it_is_taken(chromium, jonny):
+    chromium._ask("POST", "/refresh")
+    jonny.reads("* mike has quit the chat\n* mike has joined the chat\n")
+    chromium.does("sessionStorage.setItem('name', 'jonny')")
+    chromium._ask("POST", "/refresh")
+    chromium.shows("* The name jonny is taken.")
+    chromium.types(f"mick{ENTER}")
+    chromium.shows(hey("mick").strip())
+
+
+def test_help_can_be_read_on_a_phone(chromium, jonny):
+    chromium.sized(390, 844)
+    chromium.types(f"/help{ENTER}")
+    chromium.shows("leave the chat")
+    assert chromium.does("return lines.scrollWidth <= lines.clientWidth")
+    tops = chromium.finds(".command", "getBoundingClientRect().top")
+    assert all(a < b for a, b in zip(tops, chromium.finds(".does", "getBoundingClientRect().top")))
+    assert all(each < 40 for each in chromium.finds(".command", "getBoundingClientRect().height"))
+    chromium.sized(800, 500)
+
+
+def test_the_page_is_sent_small_where_that_is_taken_and_not_at_all_where_it_is_known():
+    for accepts, zipped in [("gzip, br", True), (None, False), ("br", False), ("gzip;q=0", False)]:
+        status, headers, body = asked(request({"Accept-Encoding": accepts}, "GET / HTTP/1.1"))
+        assert (status, headers.get("Content-Encoding")) == (200, "gzip" if zipped else None)
+        assert (gzip.decompress(body) if zipped else body).decode() == batchat.PAGE
+        assert len(body) < 12_000 or not zipped
+        assert headers["Vary"] == "Accept-Encoding"
+    etag = headers["ETag"]
+    for known in (etag, f'"other", {etag}'):
+        status, headers, body = asked(request({"If-None-Match": known}, "GET / HTTP/1.1"))
+        assert (status, body, headers["ETag"]) == (304, b"", etag)
+        assert "Content-Length" not in headers
+    assert asked(request({"If-None-Match": '"other"'}, "GET / HTTP/1.1"))[0] == 200
 
 
 # --------------------------------------------------------------------------
