@@ -22,8 +22,8 @@ The parts of this file, in reading order:
     7. main             options, signals, the opening line
     8. The browser      HTTP, WebSocket and the page
 
-Only part 6 and 7 know of sockets, and of the time.  Who does not care for
-browsers can stop at 7, and has understood the program.
+Only parts 6 and 7 know of sockets.  Who does not care for browsers can stop at 7,
+and has understood the program.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ DID = "** {0} {1}\n"
 RENAMED = "* {0} is now known as {1}\n"
 QUIT = "* {0} has quit the chat\n"
 THROWN_OUT = "* {0} was thrown out by {1}\n"
-THROW_OUT = "* You were thrown out by {0}\n"  # what that one reads
+YOU_WERE_THROWN_OUT = "* You were thrown out by {0}\n"  # what that one reads
 
 # What stands around what was said before: {0} is since when.
 BEFORE = "* Said before you came, since {0}:\n"
@@ -258,22 +258,22 @@ class History:
         self.made = 0  # bytes that were put together for newcomers in this turn
         self._wire = wire
         self._most = most  # lines
-        self._said: deque[tuple[str, str, bytes]] = deque()  # when, by whom, and how it reads
+        self._said: deque[tuple[str, str, bytes]] = deque()  # when, from where, and how it reads
         self._size = 0  # bytes
         self._shown = b""  # all of it in one piece, which newcomers share
 
-    def append(self, origin: str, line: str) -> None:
+    def append(self, source: str, line: str) -> None:
         when = local_time()
         self._shown = b""
-        self._said.append((when, origin, self._wire.encode(f"{when[-5:]} {line}")))
+        self._said.append((when, source, self._wire.encode(f"{when[-5:]} {line}")))
         self._size += len(self._said[-1][2])
         while len(self._said) > self._most or self._size > HISTORY_SIZE:
             self._size -= len(self._said.popleft()[2])
 
-    def forget(self, origin: str) -> None:
-        """Keep nothing that was said from there."""
+    def forget(self, source: str) -> None:
+        """Keep nothing that came from there."""
         self._shown = b""
-        self._said = deque(each for each in self._said if each[1] != origin)
+        self._said = deque(each for each in self._said if each[1] != source)
         self._size = sum(len(data) for _, _, data in self._said)
 
     def shown(self) -> bytes:
@@ -796,6 +796,11 @@ class Person:
         self.hinted = False  # they were told of /help, for they have said "help"
 
 
+def source_of(person: Person) -> str:
+    """Where what they said came from: their address, or themselves, where that is this very box."""
+    return person.address.name if person.address else person.origin
+
+
 class Refusal(Exception):
     """Somebody asked for what they can't have; the text tells them why."""
 
@@ -887,7 +892,7 @@ class Chat:
             if log.listeners:
                 log.append(log.wire.encode(line))
             if said and self.settings.history:
-                log.history.append(person.origin, line)
+                log.history.append(source_of(person), line)
         for each in self._ignorers.get(person, ()):
             each.outbox.skip_newest()
         if said:
@@ -905,6 +910,10 @@ class Chat:
         self.tell(person, GREETING.format(self.settings.welcome))
 
     def _enter(self, person: Person, text: str) -> None:
+        banned = person.address.banned_minutes(self.clock()) if person.address else 0
+        if banned:  # since they called
+            self.leave(person, "is banned", BANNED.format(banned), HTTPStatus.FORBIDDEN)
+            return
         try:
             name = self._free_name(person, text)
         except Refusal as why:
@@ -1095,7 +1104,7 @@ class Chat:
             raise Refusal("You can't throw out yourself; /quit leaves.")
         by = f"{person.name}: {why}" if why else person.name
         log_line = f"thrown out by {person.name}, {person.origin}"
-        self.leave(other, log_line, THROW_OUT.format(by), thrown_out_by=by)
+        self.leave(other, log_line, YOU_WERE_THROWN_OUT.format(by), thrown_out_by=by)
 
     def _do_ban(self, person: Person, rest: str) -> None:
         name, given = [*rest.split(None, 1), ""][:2]
@@ -1107,14 +1116,18 @@ class Chat:
             minutes = 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise Refusal(f"A ban takes from 1 to {LONGEST_BAN} minutes.")
-        if sum(1 for each in self.addresses.values() if each.banned_minutes(now)) >= BANS_LIMIT:
+        bans = [each for each in self.addresses.values() if each.banned_minutes(now)]
+        if address and address not in bans and len(bans) >= BANS_LIMIT:
             raise Refusal(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         self._throw_out(other, person, f"banned for {minutes} min" if address else "")
         for log in self.logs.values():
-            log.history.forget(other.origin)
+            log.history.forget(source_of(other))
         if address is None:
-            raise Refusal(f"{other.name} called from this very box, which can't be banned.")
-        address.banned_until, address.banned_by = now + 60 * minutes, person.name
+            raise Refusal(
+                f"{other.name} is out, but called from this very box: no ban keeps them out."
+            )
+        address.banned_until = max(address.banned_until, now + 60 * minutes)
+        address.banned_by = person.name
         logger.info("%s banned %s for %d min", person.name, address.name, minutes)
         still_here = sum(1 for each in self.people.values() if each.address is address)
         banned = f"{address.name} is banned for {minutes} min"
@@ -1804,7 +1817,7 @@ def read_password(path: str) -> str:
         if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
             logger.warning("everybody on this box can read %s", path)
     try:
-        password = clean(line.decode()).strip()
+        password = clean(line.decode("utf-8-sig")).strip()
     except UnicodeDecodeError:
         raise ValueError("that is no UTF-8") from None
     if not password:
@@ -2037,9 +2050,8 @@ def respond(status: HTTPStatus, kind: str, body: bytes, *headers: str) -> bytes:
 
 def respond_with_page(fields: dict[str, str]) -> bytes:
     """The page, small where the browser takes it so; or 304, where it has this very one."""
-    etag = f'W/"{digest("sha256", PAGE)[:16]}"'
-    headers = [f"ETag: {etag}", "Vary: Accept-Encoding"]
-    if etag[2:] in fields.get("if-none-match", ""):
+    headers = [f"ETag: {etag()}", "Vary: Accept-Encoding"]
+    if etag()[2:] in fields.get("if-none-match", ""):
         return respond(HTTPStatus.NOT_MODIFIED, "html", b"", *headers)
     if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", fields.get("accept-encoding", "")):
         return respond(HTTPStatus.OK, "html", zipped_page(), *headers, "Content-Encoding: gzip")
@@ -2278,8 +2290,8 @@ class WebWire(Wire):
             self._state = NOTHING
             return respond(status, "plain", words.encode())
         if self._state is FRAMES:
-            full = status is HTTPStatus.SERVICE_UNAVAILABLE
-            code = CloseCode.GOING_AWAY if full else CloseCode.NORMAL
+            closing = status is HTTPStatus.SERVICE_UNAVAILABLE
+            code = CloseCode.GOING_AWAY if closing else CloseCode.NORMAL
             return self.encode(words) + self._end(code)
         return b""  # the protocol has had its last word
 
@@ -2431,7 +2443,7 @@ const words = log.dataset;  // what the room says, with {0} for who and {1} for 
 // name that we have;  left: for good.
 let state = "calling";
 let socket;
-let name = sessionStorage.getItem("name") || "";  // ours; we give it again when we come back
+let name = remember() || "";  // ours; we give it again when we come back
 let lostAt = 0;  // when we last had it, in milliseconds
 let pause = 1;   // seconds until the next try to come back
 let queue = [];  // lines that are not painted yet
@@ -2524,8 +2536,16 @@ function match(pattern, text) {
 
 function call(ours) {
   name = ours;
-  if (name) sessionStorage.setItem("name", name); else sessionStorage.removeItem("name");
+  remember(name);
   tell("");
+}
+
+// What outlives a reload, where the browser lets us.
+function remember(value) {
+  try {
+    if (value !== undefined) sessionStorage.setItem("name", value);
+    return sessionStorage.getItem("name");
+  } catch { return ""; }
 }
 
 // Say how things stand: beside the input, in it, and who is here.
@@ -2549,18 +2569,18 @@ function nameButton(one) {
 // Show what was said before we came, but not what is on the screen already.
 function showPast() {
   const [first, ...all] = past, last = all.pop();
-  const others = all.map((line, at) => [line.slice(6), at]).filter(([line]) => !isOurs(line));
+  const isOnScreen = line => said.includes(line);
+  const others = all.map((line, at) => [line.slice(6), at]).filter(([line]) => !isOnScreen(line));
   let from = 0, matching = 0;
   for (let end = others.length; end > 0; end -= 1) {
     let same = 0;
     while (same < end && others[end - 1 - same][0] === heard[heard.length - 1 - same]) same += 1;
     if (same > matching) { matching = same; from = others[end - 1][1] + 1; }
   }
-  const isOnScreen = line => isOurs(line) && said.includes(line);
   const news = all.slice(from).filter(line => !isOnScreen(line.slice(6)));
   if (!news.length) return;
   show(first, "past");
-  for (const line of news) { show(line.slice(6), "past", line.slice(0, 5)); keep(heard, line.slice(6)); }
+  for (const line of news) { show(line.slice(6), "past", line.slice(0, 5)); keep(isOurs(line.slice(6)) ? said : heard, line.slice(6)); }
   show(last, "past");
 }
 
@@ -2586,7 +2606,7 @@ function show(text, kind, at) {
   if (!following) below += news;
   if (document.hidden) {
     unread += news;
-    called = called || ["said", "action", "private"].includes(kind) && isCalled(text);
+    called = called || kind === "private" || ["said", "action"].includes(kind) && isCalled(text);
   }
   if (!painting) painting = setTimeout(paint, PAINT_EVERY);
 }
@@ -2667,7 +2687,8 @@ function linked(text) {
 
 function isCalled(text) {
   const called = text.replace(/^\S* /, "").toLowerCase().split(/[^\p{L}\p{M}\p{Nd}_.-]+/u);
-  return name !== "" && called.some(word => word.replace(/[.-]+$/, "") === name.toLowerCase());
+  const ours = name.toLowerCase();
+  return name !== "" && called.some(word => word === ours || word.replace(/[.-]+$/, "") === ours);
 }
 
 function toEnd() { log.scrollTop = log.scrollHeight; following = true; below = 0; }
@@ -2692,6 +2713,7 @@ document.addEventListener("visibilitychange", () => {
 // The keyboard
 
 function say(text) {
+  if (name && !text.trim()) return;  // the room says no blank line
   if (new TextEncoder().encode(text).length > words.lineLimit) {
     show(`* A line has at most ${words.lineLimit} bytes; yours was not sent.`, "notice");
     return;
@@ -2701,7 +2723,7 @@ function say(text) {
   if (/^\s*\/op(\s|$)/i.test(text)) return;  // a password
   keep(typed, text);
   typedAt = typed.length;
-  const me = /^\/me +(.*)$/i.exec(text), command = /^\/[^/]/.test(text);
+  const me = /^\/me\s+(\S.*?)\s*$/i.exec(text), command = /^\/(?!\/)/.test(text);
   const line = me ? `** ${name} ${me[1]}` : `<${name}> ${text.replace(/^\/\//, "/")}`;
   if (name && (me || !command)) keep(said, line);
   show(name && (me || !command) ? line : text, "own");
@@ -2790,6 +2812,12 @@ PAGE = f"""<!DOCTYPE html>
 <script>{SCRIPT}</script>
 </html>
 """
+
+
+@functools.lru_cache(maxsize=None)
+def etag() -> str:
+    """What tells this very page from others; weak, for it may be zipped or not."""
+    return f'W/"{digest("sha256", PAGE)[:16]}"'
 
 
 @functools.lru_cache(maxsize=None)

@@ -1406,6 +1406,10 @@ class World:
         return self.was_held or too_much or too_private or self.has_no_token(connection)
 
     def take_name(self, peer: Peer, event) -> None:
+        minutes = self.banned_minutes(peer.group)
+        if minutes and event not in (TOO_LONG, "/quit") and not batchat.HTTP_REQUEST.match(event):
+            self.goes(peer, f"* {BANNED.format(minutes)}\n", HTTPStatus.FORBIDDEN)
+            return
         if event in (TOO_LONG, "/quit") or batchat.HTTP_REQUEST.match(event):
             self.goes(peer)
             return
@@ -1515,7 +1519,7 @@ class World:
         other = self.called(name)
         minutes = int(minutes[0]) if minutes else 60
         live = [group for group in self.bans if self.banned_minutes(group)]
-        if other and len(live) >= 2:
+        if other and other.group and other.group not in live and len(live) >= 2:
             self.reaches("too many bans")
             return "* There are 2 bans already; /unban ends one.\n"
         by = f"{peer.name}: banned for {minutes} min" if other and other.group else peer.name
@@ -1523,10 +1527,15 @@ class World:
         if why_not:
             return why_not
         for lines in self.history.values():
-            lines[:] = [each for each in lines if each[0] is not other]
+            lines[:] = [
+                each
+                for each in lines
+                if each[0] is not other and not (other.group and each[0].group == other.group)
+            ]
         if not other.group:
-            return f"* {other.name} called from this very box, which can't be banned.\n"
-        self.bans[other.group] = (self.now + 60 * minutes, peer.name)
+            return f"* {other.name} is out, but called from this very box: no ban keeps them out.\n"
+        before, _ = self.bans.get(other.group, (0, ""))
+        self.bans[other.group] = (max(before, self.now + 60 * minutes), peer.name)
         others = len([each for each in self.inside if each.group == other.group])
         return (
             f"* {other.group} is banned for {minutes} min; from there are still here: {others}.\n"
@@ -2564,6 +2573,25 @@ def test_from_a_banned_address_nobody_comes_in_until_its_time_is_over(worlds):
     assert names(world) == ["ann", "eve", "mike"]
 
 
+def test_who_was_at_the_prompt_when_their_address_was_banned_does_not_come_in_either():
+    room = Room(password=SESAME)
+    ann, waiting = operator(room), room.caller("203.0.113.5")
+    room.join("mike", "203.0.113.5")
+    ann.types("/ban mike 5", "/ban nobody")
+    waiting.types("troll")
+    assert waiting.reads() == "* Nobody may come in from your address for another 5 min.\n"
+    assert waiting.state is batchat.CLOSING
+
+
+def test_a_shorter_ban_does_not_shorten_a_longer_one():
+    room = Room(password=SESAME)
+    ann = operator(room)
+    people = [room.join(name, "203.0.113.5") for name in ("mike", "eve")]
+    ann.types("/ban mike 500", "/ban eve 5", "/bans")
+    assert ann.reads().endswith("* 203.0.113.5 is banned for another 500 min, by ann.\n")
+    assert all(each.state is batchat.CLOSING for each in people)
+
+
 def test_what_a_banned_person_said_goes_out_of_the_history():
     room = Room(password=SESAME, history=9)
     ann, mike = operator(room), room.join("mike", "203.0.113.5")
@@ -2615,7 +2643,7 @@ def test_who_calls_from_this_very_box_is_thrown_out_alone_and_the_operator_is_to
     ann.types("/ban mike")
     assert mike.reads() == "* You were thrown out by ann\n"
     assert ann.reads() == (
-        "* mike was thrown out by ann\n* mike called from this very box, which can't be banned.\n"
+        "* mike was thrown out by ann\n* mike is out, but called from this very box: no ban keeps them out.\n"
     )
 
 
@@ -2685,6 +2713,7 @@ def test_a_password_file_that_everybody_can_read_is_warned_of(password_file):
         (b"", "its first line is empty"),
         (b" \nsesame\n", "its first line is empty"),
         (b"caf\xe9\n", "that is no UTF-8"),
+        (b"\xef\xbb\xbf\n", "its first line is empty"),
     ],
 )
 def test_a_bad_password_file_is_one_clear_line_and_status_1(tmp_path, content, why):
@@ -4783,8 +4812,9 @@ def test_the_first_screen_says_what_to_do(chromium):
 
 def test_each_line_has_its_time_and_name_and_hangs_in(chromium, jonny):
     jonny.types("hi")
-    chromium.types(f"hello{ENTER}")
+    chromium.types(f"{ENTER} {ENTER}hello{ENTER}")  # blank lines are not said
     chromium.shows("<mike> hello")
+    assert len(chromium.finds(".own", "textContent")) == 2  # with the name
     for kind, name in (("said", "jonny"), ("own", "mike")):
         line = f"[...document.querySelectorAll('.{kind}')].pop()"
         time_of = chromium.does(f"return {line}.querySelector('time').dateTime")
