@@ -2396,10 +2396,10 @@ main { flex: 1; overflow-y: auto; display: flex; flex-direction: column; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
 #lines .banner { padding: 0; text-indent: 0; white-space: pre; font-size: min(1em, 2.2vw);
   line-height: 1.2; min-height: 1em; }
-.notice { color: var(--soft); }
+.notice, #status { color: var(--soft); }
 .own { box-shadow: inset 3px 0 var(--own); background: color-mix(in srgb, var(--own) 7%, transparent); }
-.private { color: var(--private); font-style: italic; }
-.action { font-style: italic; }
+.private { color: var(--private); }
+.private, .action { font-style: italic; }
 .past { opacity: .8; }
 .mention { background: var(--mark); }
 .name { font-weight: bold; }
@@ -2419,7 +2419,6 @@ details { position: relative; }
 ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem;
   list-style: none; background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
-#status { color: var(--soft); }
 #more { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 #more[hidden], #who[hidden] { display: none; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -2540,12 +2539,9 @@ function call(ours) {
   tell("");
 }
 
-// What outlives a reload, where the browser lets us.
-function remember(value) {
-  try {
-    if (value !== undefined) sessionStorage.setItem("name", value);
-    return sessionStorage.getItem("name");
-  } catch { return ""; }
+function remember(value) {  // what outlives a reload, where the browser lets us
+  try { if (value !== undefined) sessionStorage.setItem("name", value); return sessionStorage.getItem("name"); }
+  catch { return ""; }
 }
 
 // Say how things stand: beside the input, in it, and who is here.
@@ -2558,9 +2554,8 @@ function tell(text) {
 }
 
 function nameButton(one) {
-  const item = document.createElement("li"), button = document.createElement("button");
+  const item = element("li", "", ""), button = element("button", "", one);
   button.type = "button";
-  button.textContent = one;
   button.onclick = () => { who.open = false; input.value = `/msg ${one.replace("@", "")} `; input.focus(); };
   item.append(button);
   return item;
@@ -2623,37 +2618,27 @@ function paint() {
 }
 
 function paragraph({ text, kind, at, when }) {
-  const line = document.createElement("p");
-  line.className = kind;
+  const line = element("p", kind, "");
   if (kind === "banner") { line.textContent = text; line.ariaHidden = "true"; return line; }
-  const time = document.createElement("time");
+  const time = element("time", "", at || when.toTimeString().slice(0, 5));
   time.dateTime = at || when.toISOString();
-  time.textContent = at || when.toTimeString().slice(0, 5);
   const parts = /^(<|\*\* |\[you -> |\[)([\p{L}\p{M}\p{Nd}_.-]+)(>| -> you\]|\]|)( .*|)$/su.exec(text);
   const help = /^\* (\/.*\S) {3,}(.*)$/.exec(text);
   if (text) line.append(time);
   if (parts) {
     if (kind !== "own" && isCalled(parts[4])) line.classList.add("mention");
-    line.append(parts[1], nameOf(parts[2]), parts[3], ...linked(parts[4]));
+    const who = element("bdi", `name n${colourOf(parts[2].toLowerCase())}`, parts[2]);
+    line.append(parts[1], who, parts[3], ...linked(parts[4]));
   } else if (help) {
-    const command = document.createElement("span");
-    command.className = "command";
-    command.textContent = "* " + help[1];
-    const does = document.createElement("span");
-    does.className = "does";
-    does.textContent = help[2];
-    line.append(command, does);
+    line.append(element("span", "command", "* " + help[1]), element("span", "does", help[2]));
   } else {
     line.append(...linked(text));
   }
   return line;
 }
 
-function nameOf(one) {
-  const isolated = document.createElement("bdi");
-  isolated.className = `name n${colourOf(one.toLowerCase())}`;
-  isolated.textContent = one;
-  return isolated;
+function element(tag, className, text) {
+  return Object.assign(document.createElement(tag), { className, textContent: text });
 }
 
 // By hash; or the next one that nobody else of the last few has.
@@ -2676,10 +2661,8 @@ function linked(text) {
     let url;
     try { url = new URL(trimmed); } catch { return [part]; }
     if (url.username || url.password) return [part];
-    const link = document.createElement("a");
-    [link.href, link.target, link.rel] = [url.href, "_blank", "noopener noreferrer nofollow"];
-    link.dir = "ltr";
-    link.textContent = trimmed;
+    const link = element("a", "", trimmed), rel = "noopener noreferrer nofollow";
+    Object.assign(link, { href: url.href, target: "_blank", rel, dir: "ltr" });
     const seems = trimmed.split("/")[2].toLowerCase() === url.host;
     return [link, seems ? "" : ` (${url.host})`, part.slice(trimmed.length)];
   });
