@@ -150,7 +150,7 @@ TURN_LIMIT = WINDOW // 2  # nor after so many bytes were said in one turn
 PATIENCE_SECONDS = 2.0  # for which the room waits for those who are too far behind
 RECOVERY = 0.2  # seconds of patience that come back in a second without waiting
 LOOK_SECONDS = 0.05  # between two looks at them, for the selector tells of them late
-SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted
+SPLICE_SIZE = 128  # bytes that a splice takes, its insert not counted; shorter ones are merged
 WHISPER_LIMIT = 64 << 10  # bytes of private lines unsent, before others may add no more,
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # and before we stop listening to one who has so many answers
 
@@ -314,7 +314,7 @@ class Outbox:
 
     @property
     def behind(self) -> int:
-        """Bytes that we keep for this listener; below 0 for who is not in the room."""
+        """Bytes that we keep for this listener, but for inserts; below 0 for who is not in the room."""
         return self.log.end - self.cursor + len(self.splices) * SPLICE_SIZE
 
     @property
@@ -1175,7 +1175,7 @@ SOCKET_OPTIONS = [
     ]
     if hasattr(socket, name)
 ]
-ABORT = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # what SO_LINGER takes
+RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # what SO_LINGER takes
 
 
 class Connection(Person):
@@ -1293,7 +1293,7 @@ class Reactor:
         self._pass_time()
         for key, events in ready:
             if isinstance(key.data, Connection):
-                self._mark(key.data, events)
+                self._take_up(key.data, events)
             else:
                 key.data()  # a door, or whatever else was registered with what to do
         self._listen()
@@ -1323,8 +1323,8 @@ class Reactor:
         else:
             self.patience = min(PATIENCE_SECONDS, self.patience + passed * RECOVERY)
 
-    def _mark(self, connection: Connection, events: int) -> None:
-        """Take up what the selector says of a connection."""
+    def _take_up(self, connection: Connection, events: int) -> None:
+        """Do what the selector says can be done: read, or try to send again."""
         if connection in self.connections:  # not dropped in this very turn
             self.chat.changed[connection] = None
             if events & WRITE:
@@ -1561,7 +1561,7 @@ class Reactor:
             connection.address.bucket.spend(tokens, self.now)
 
     def _read(self, connection: Connection) -> None:
-        """Read what somebody sent, be it their turn or not."""
+        """Read what somebody sent, be it their turn or not; for that, there is room (see _settle)."""
         try:
             data = connection.sock.recv(min(READ_SIZE, READ_AHEAD - len(connection.unheard)))
         except BlockingIOError:
@@ -1599,7 +1599,7 @@ class Reactor:
         is no limit: so that those who send what is laborious do not keep the rest.
         """
         wire, rate = connection.wire, self.settings.rate
-        helping = BYTES_A_TOKEN if rate else READ_SIZE
+        helping, helped = BYTES_A_TOKEN if rate else READ_SIZE, False
         while connection.state is not CLOSING:
             if self._heard_at(connection) > self.now:
                 new, connection.unsearched = connection.unsearched, 0
@@ -1617,13 +1617,13 @@ class Reactor:
                 if rate and (event or not connection.outbox.deaf):
                     self._charge(connection, 1 if connection.name == name else NAME_TOKENS)
             elif connection.unheard:
-                if not helping:
+                if helped:
                     return False
                 data = connection.unheard[:helping]
                 connection.unheard = connection.unheard[helping:]
                 self._charge(connection, len(data) / BYTES_A_TOKEN)
                 wire.feed(data)
-                helping = 0
+                helped = True
             elif connection.ended:
                 wire.feed(b"")
             else:
@@ -1720,7 +1720,7 @@ class Reactor:
                 self.chat.leave(connection, why)
             # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
             with contextlib.suppress(OSError):  # it is gone either way
-                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
@@ -2575,7 +2575,11 @@ function showPast() {
   const news = all.slice(from).filter(line => !isOnScreen(line.slice(6)));
   if (!news.length) return;
   show(first, "past");
-  for (const line of news) { show(line.slice(6), "past", line.slice(0, 5)); keep(isOurs(line.slice(6)) ? said : heard, line.slice(6)); }
+  for (const line of news) {
+    const text = line.slice(6);
+    show(text, "past", line.slice(0, 5));
+    keep(isOurs(text) ? said : heard, text);
+  }
   show(last, "past");
 }
 
