@@ -809,7 +809,7 @@ class Refusal(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-GIVES_PASSWORD = re.compile(r"/op(\s|\Z)", re.IGNORECASE)  # what stands there is never said
+GIVES_PASSWORD = re.compile(r"\W*/op(\s|\Z)", re.IGNORECASE)  # what stands there is never said
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 RESERVED_NAMES = {"you", "batchat"}  # private lines call their reader so, and notices this room
 
@@ -983,8 +983,8 @@ class Chat:
                     pass  # a blank line is not said
                 elif event.startswith("//"):
                     self.happen(SAID, person, event[1:])
-                elif event[0] == "/" or (text[0] == "/" and GIVES_PASSWORD.match(text)):
-                    self._command(person, text)
+                elif event[0] == "/" or (not text[0].isalnum() and GIVES_PASSWORD.match(text)):
+                    self._command(person, text[text.index("/") :])
                 else:
                     self.happen(SAID, person, event)
                     if text in ("help", "?") and not person.hinted:
@@ -2051,9 +2051,11 @@ def respond(status: HTTPStatus, kind: str, body: bytes, *headers: str) -> bytes:
 def respond_with_page(fields: dict[str, str]) -> bytes:
     """The page, small where the browser takes it so; or 304, where it has this very one."""
     headers = [f"ETag: {etag()}", "Vary: Accept-Encoding"]
-    if etag()[2:] in fields.get("if-none-match", ""):
+    known = fields.get("if-none-match", "")
+    if known == "*" or etag()[2:] in known:
         return respond(HTTPStatus.NOT_MODIFIED, "html", b"", *headers)
-    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", fields.get("accept-encoding", "")):
+    codings = fields.get("accept-encoding", "").lower().replace(" ", "").split(",")
+    if "gzip" in codings or any(re.match(r"gzip;q=(1|0\.0*[1-9])", each) for each in codings):
         return respond(HTTPStatus.OK, "html", zipped_page(), *headers, "Content-Encoding: gzip")
     return respond(HTTPStatus.OK, "html", PAGE.encode(), *headers)
 
@@ -2099,7 +2101,7 @@ def forwarded_for(fields: dict[str, str]) -> str:
     try:
         if addresses is None:
             return ""
-        return str(ipaddress.ip_address(addresses.rpartition(",")[2].strip()))
+        return str(ipaddress.ip_address(addresses.rpartition(",")[2].strip().replace("%", " ")))
     except ValueError:
         raise HTTPError(HTTPStatus.BAD_REQUEST) from None
 
@@ -2288,12 +2290,17 @@ class WebWire(Wire):
     def close(self, words: str, status: HTTPStatus) -> bytes:
         if self._state is REQUEST and words:
             self._state = NOTHING
-            return respond(status, "plain", words.encode())
+            return self._as_asked(respond(status, "plain", words.encode()))
         if self._state is FRAMES:
             closing = status is HTTPStatus.SERVICE_UNAVAILABLE
             code = CloseCode.GOING_AWAY if closing else CloseCode.NORMAL
             return self.encode(words) + self._end(code)
         return b""  # the protocol has had its last word
+
+    def _as_asked(self, reply: bytes) -> bytes:
+        """A response without its body, where only the head was asked for."""
+        end = reply.index(b"\r\n\r\n") + 4
+        return reply[:end] if self._data.startswith(b"HEAD ") else reply
 
     def _end(self, code: int) -> bytes:
         """Read nothing any more; returns the close frame that says why."""
@@ -2319,10 +2326,8 @@ class WebWire(Wire):
         except HTTPError as error:
             words = f"{error.status.value} {error.status.phrase}\n"
             reply = respond(error.status, "plain", words.encode(), *error.headers)
-        if head.startswith(b"HEAD "):
-            reply = reply[: reply.index(b"\r\n\r\n") + 4]
+        self.replies += self._as_asked(reply)
         self._data = self._data[size:]
-        self.replies += reply
         self._state = FRAMES if opened else NOTHING
         return OPENED if opened else LEAVE
 
@@ -2384,7 +2389,7 @@ STYLE = """
     --n4: #d9a3ff; --n5: #5fd7dd; --n6: #ff8fc0; --n7: #c9d25b; }
 }
 * { box-sizing: border-box; margin: 0; }
-html, body { height: 100%; }
+html { height: 100%; }
 body { display: flex; flex-direction: column; height: 100dvh; background: var(--paper);
   color: var(--ink); font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); }
@@ -2407,15 +2412,13 @@ time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-
 .n4 { color: var(--n4); } .n5 { color: var(--n5); } .n6 { color: var(--n6); } .n7 { color: var(--n7); }
 a { color: inherit; unicode-bidi: isolate; }
 .command { display: inline-block; min-width: 21ch; text-indent: 0; }
-footer { border-top: 1px solid var(--rule); }
-form { display: flex; gap: .5rem; }
+footer { border-top: 1px solid var(--rule); } form { display: flex; gap: .5rem; }
 input { flex: 1; min-width: 0; padding: .5rem .7rem; font: inherit; color: inherit;
   background: transparent; border: 1px solid var(--soft); border-radius: .4rem; }
 button { font: inherit; cursor: pointer; padding: .3rem .9rem; border: 0; border-radius: .4rem;
   color: var(--paper); background: var(--own); }
 :focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
-summary { cursor: pointer; }
-details { position: relative; }
+summary { cursor: pointer; } details { position: relative; }
 ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem;
   list-style: none; background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
@@ -2428,6 +2431,8 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 SCRIPT = r"""
 "use strict";
 const LINES_KEPT = 5000;
+const SIZE_KEPT = 500000;  // characters
+const LINKS = 10;  // in a line, at most
 const PAINT_EVERY = 40;  // milliseconds
 const NAME_KEPT = 150;  // seconds for which our old line, if nobody saw it end, may have our name
 const COLOURS = 8;
@@ -2438,16 +2443,17 @@ const words = log.dataset;  // what the room says, with {0} for who and {1} for 
 
 // calling: the line is not open yet, or was lost;  banner: until its first empty line;
 // chatting: we read what is said, and may say something, be it our name;
-// past: we read what was said before we came;  returning: the room asks again for the
-// name that we have;  left: for good.
+// past: we read what was said before we came;  returning: the room will ask again for the
+// name that we have;  answered: we have given it;  left: for good.
 let state = "calling";
 let socket;
 let name = remember() || "";  // ours; we give it again when we come back
 let lostAt = 0;  // when we last had it, in milliseconds
 let pause = 1;   // seconds until the next try to come back
 let queue = [];  // lines that are not painted yet
-let painting = 0;      // the timer that will
+let painting = 0, size = 0;  // the timer that will, and the characters that are
 let following = true;  // the last line is in sight, and shall be
+let end = 0;           // where we scrolled to for it
 let below = 0;     // new lines under the end of the screen
 let unread = 0;    // new lines since the tab was hidden
 let called = false;  // one of them has our name
@@ -2489,28 +2495,31 @@ function connect() {
 }
 
 function receive(text) {
-  if (state === "returning") {
-    if (text === words.prompt) { socket.send(name); return; }
+  if (state === "returning") {  // the banner is no news
+    if (text === words.prompt) { socket.send(name); state = "answered"; }
+    return;
+  }
+  if (state === "answered") {
     const taken = text === "* " + words.taken.replace("{0}", name);
     if (taken && Date.now() < lostAt + NAME_KEPT * 1000) { socket.close(); return; }
-    if (!taken && !text.startsWith("* ") && !match(words.hey, text)) return;  // the banner is no news
     if (!match(words.hey, text)) call("");
     state = "chatting";
   }
   if (state === "banner" && text === "") { state = "chatting"; tell(""); }
-  if (text.startsWith(words.before.split("{")[0])) { state = "past"; past = []; }
+  if (name && state === "chatting" && text.startsWith(words.before.split("{")[0])) { state = "past"; past = []; }
   if (state === "past") {
     past.push(text);
     if (text === words.now) { state = "chatting"; showPast(); }
     return;
   }
   const hey = match(words.hey, text);
-  if (hey) { call(hey[1]); pause = 1; asking += 1; socket.send("/who"); }
+  if (hey) { call(hey[1]); pause = 1; askWhoIsHere(); }
   if (noteWhoIsHere(text)) return;
-  const kind = state === "banner" ? "banner" : kindOf(text);
-  if (kind === "said" || kind === "action") keep(heard, text);
-  show(text, kind);
+  if (["said", "action"].includes(kindOf(text))) keep(heard, text);
+  show(text, state === "banner" ? "banner" : kindOf(text));
 }
+
+function askWhoIsHere() { asking += 1; socket.send("/who"); }
 
 // Take note of who comes and goes; returns whether it is an answer that nobody but us has asked for.
 function noteWhoIsHere(text) {
@@ -2520,6 +2529,7 @@ function noteWhoIsHere(text) {
   const leave = one => { present.delete(one); present.delete("@" + one); };
   if (here) present = new Set(here[1].split(", "));
   if (joined) present.add(joined[1]);
+  if (gone && !present.has(gone[1]) && !present.has("@" + gone[1])) askWhoIsHere();  // a new name of somebody ignored
   if (gone) leave(gone[1]);
   if (renamed) { present.add((present.has("@" + renamed[1]) ? "@" : "") + renamed[2]); leave(renamed[1]); }
   if (renamed && renamed[1] === name) call(renamed[2]);
@@ -2550,7 +2560,7 @@ function tell(text) {
   input.placeholder = name ? "Say something, or /help" : "Your name";
   who.hidden = present.size === 0;
   find("summary").textContent = `${present.size} here`;
-  names.replaceChildren(...who.open ? [...present].sort().map(nameButton) : []);
+  if (!names.matches(":hover, :focus-within")) names.replaceChildren(...[...present].sort().map(nameButton));
 }
 
 function nameButton(one) {
@@ -2570,14 +2580,14 @@ function showPast() {
   for (let end = others.length; end > 0; end -= 1) {
     let same = 0;
     while (same < end && others[end - 1 - same][0] === heard[heard.length - 1 - same]) same += 1;
-    if (same > matching) { matching = same; from = others[end - 1][1] + 1; }
+    if (same && same >= matching) {  // of two places, the one that may show a line twice, but loses none
+      matching = same; from = others[end - 1][1] + 1; }
   }
   const news = all.slice(from).filter(line => !isOnScreen(line.slice(6)));
   if (!news.length) return;
   show(first, "past");
-  for (const line of news) {
-    const text = line.slice(6);
-    show(text, "past", line.slice(0, 5));
+  for (const [time, text] of news.map(line => [line.slice(0, 5), line.slice(6)])) {
+    show(text, "past", time);
     keep(isOurs(text) ? said : heard, text);
   }
   show(last, "past");
@@ -2601,8 +2611,7 @@ function show(text, kind, at) {
   queue.push({ text, kind, at, when: new Date() });
   if (queue.length > LINES_KEPT) queue.shift();
   const news = kind === "past" || kind === "own" ? 0 : 1;
-  if (kind === "own") following = true;
-  if (!following) below += news;
+  if (kind === "own") [following, end] = [true, 0];
   if (document.hidden) {
     unread += news;
     called = called || kind === "private" || ["said", "action"].includes(kind) && isCalled(text);
@@ -2612,12 +2621,15 @@ function show(text, kind, at) {
 
 function paint() {
   painting = 0;
-  lines.append(...queue.splice(0).map(paragraph));
-  const old = document.createRange();
-  old.setStart(lines, 0);
-  old.setEnd(lines, Math.max(0, lines.childElementCount - LINES_KEPT));
-  old.deleteContents();
-  if (following) toEnd();
+  if (log.scrollTop < end - 1 && !isAtEnd()) following = false;  // the event is still to come
+  const fresh = queue.splice(0).map(paragraph);
+  for (const line of fresh) size += line.textContent.length;
+  lines.append(...fresh);
+  while (lines.childElementCount > LINES_KEPT || size > SIZE_KEPT) {
+    size -= lines.firstChild.textContent.length;
+    lines.firstChild.remove();
+  }
+  if (following) toEnd(); else below += fresh.filter(line => !line.matches(".past, .own")).length;
   count();
 }
 
@@ -2641,8 +2653,8 @@ function paragraph({ text, kind, at, when }) {
   return line;
 }
 
-function element(tag, className, text) {
-  return Object.assign(document.createElement(tag), { className, textContent: text });
+function element(tag, className, textContent) {
+  return Object.assign(document.createElement(tag), { className, textContent });
 }
 
 // By hash; or the next one that nobody else of the last few has.
@@ -2660,7 +2672,9 @@ function colourOf(one) {
 
 // `text` as nodes, its links among them; where one goes elsewhere than it seems to, it says so.
 function linked(text) {
-  return text.split(/(https?:\/\/[^\s<>"]+)/i).flatMap((part, at) => {
+  const parts = text.split(/(https?:\/\/[^\s<>"]+)/i);
+  parts.push(parts.splice(2 * LINKS).join(""));
+  return parts.flatMap((part, at) => {
     const trimmed = at % 2 ? part.replace(/[()[\]{}.,;:!?']+$/, "") : "";
     let url;
     try { url = new URL(trimmed); } catch { return [part]; }
@@ -2668,7 +2682,7 @@ function linked(text) {
     const link = element("a", "", trimmed), rel = "noopener noreferrer nofollow";
     Object.assign(link, { href: url.href, target: "_blank", rel, dir: "ltr" });
     const seems = trimmed.split("/")[2].toLowerCase() === url.host;
-    return [link, seems ? "" : ` (${url.host})`, part.slice(trimmed.length)];
+    return [link, seems ? "" : ` (${url.host})`, part.slice(trimmed.length)].filter(each => each !== "");
   });
 }
 
@@ -2678,7 +2692,9 @@ function isCalled(text) {
   return name !== "" && called.some(word => word === ours || word.replace(/[.-]+$/, "") === ours);
 }
 
-function toEnd() { log.scrollTop = log.scrollHeight; following = true; below = 0; }
+function isAtEnd() { return log.scrollHeight - log.scrollTop - log.clientHeight < 40; }
+
+function toEnd() { log.scrollTop = log.scrollHeight; end = log.scrollTop; following = true; below = 0; }
 
 function count() {
   more.hidden = below === 0;
@@ -2686,16 +2702,11 @@ function count() {
   document.title = unread ? `(${called ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
 
-log.addEventListener("scroll", () => {
-  following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-  if (following) { below = 0; count(); }
-});
+log.onscroll = () => { following = isAtEnd(); if (following) { below = 0; count(); } };
 const resized = new ResizeObserver(() => { if (following) toEnd(); });
 resized.observe(log);
 resized.observe(lines);
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) { unread = 0; called = false; count(); }
-});
+document.onvisibilitychange = () => { if (!document.hidden) { unread = 0; called = false; count(); } };
 
 // The keyboard
 
@@ -2706,12 +2717,11 @@ function say(text) {
     return;
   }
   socket.send(text);
-  typedAt = typed.length;
-  if (/^\s*\/op(\s|$)/i.test(text)) return;  // a password
+  if (/^[^\p{L}\p{N}]*\/op(\s|$)/iu.test(text)) return;  // a password
   keep(typed, text);
   typedAt = typed.length;
   const me = /^\/me\s+(\S.*?)\s*$/i.exec(text), command = /^\/(?!\/)/.test(text);
-  const line = me ? `** ${name} ${me[1]}` : `<${name}> ${text.replace(/^\/\//, "/")}`;
+  const line = (me ? `** ${name} ${me[1]}` : `<${name}> ${text.replace(/^\/\//, "/")}`).replace(/\t/g, " ");
   if (name && (me || !command)) keep(said, line);
   show(name && (me || !command) ? line : text, "own");
 }
@@ -2720,6 +2730,7 @@ function canSay() { return socket.readyState === WebSocket.OPEN && state === "ch
 
 form.addEventListener("submit", event => {
   event.preventDefault();
+  completing = null;
   if (state === "left") { name = input.value.trim(); input.value = ""; connect(); return; }
   if (!canSay()) return;  // what was typed stays
   say(input.value);
@@ -2735,9 +2746,10 @@ input.addEventListener("paste", event => {  // an input would make one line of m
   for (const line of all) say(line);
 });
 
+input.addEventListener("input", () => { completing = null; });
 input.addEventListener("keydown", event => {
   const by = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  if (by && typed[typedAt + by] !== undefined || by === 1 && typedAt < typed.length) {
+  if (!event.shiftKey && by && typed[typedAt + by] !== undefined || by === 1 && typedAt < typed.length) {
     event.preventDefault();
     typedAt += by;
     input.value = typed[typedAt] || "";
@@ -2762,14 +2774,10 @@ function complete() {
   return true;
 }
 
-document.addEventListener("keydown", event => {
-  if (event.key === "Escape" && who.open) { who.open = false; input.focus(); }
-});
+onkeydown = event => { if (event.key === "Escape" && who.open) { who.open = false; input.focus(); } };
 who.addEventListener("toggle", () => tell(status.textContent));
-log.addEventListener("click", event => {
-  if (!getSelection().toString() && !event.target.closest("a")) input.focus();
-});
-more.addEventListener("click", () => { toEnd(); count(); input.focus(); });
+log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
+more.onclick = () => { toEnd(); count(); input.focus(); };
 
 connect();
 """

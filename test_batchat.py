@@ -2487,7 +2487,9 @@ def test_to_who_is_no_operator_there_are_no_operators_commands():
     )
 
 
-@pytest.mark.parametrize("line", ["/op sesame", " /op sesame", "/OP sesame", "\t/Op  sesame "])
+@pytest.mark.parametrize(
+    "line", ["\ufeff/op sesame", "/op sesame", " /op sesame", "/OP sesame", "\t/Op  sesame "]
+)
 def test_a_password_is_never_said_however_it_is_typed(line):
     for password in (SESAME, ""):
         room = Room(history=9, password=password)
@@ -2769,7 +2771,9 @@ def test_behind_a_proxy_who_is_banned_reads_403_and_the_others_come_in(worlds):
         assert caller.far.got.startswith(b"HTTP/1.1 " + status)
 
 
-@pytest.mark.parametrize("addresses", ["", "unknown", "203.0.113.5, nonsense", "203.0.113.5,"])
+@pytest.mark.parametrize(
+    "addresses", ["", "fe80::1%x", "unknown", "203.0.113.5, nonsense", "203.0.113.5,"]
+)
 def test_behind_a_proxy_what_is_no_address_gets_400(worlds, addresses):
     world = worlds(behind_proxy=True)
     caller = world.calls(WebWire, opens=False)
@@ -4777,6 +4781,15 @@ def test_lines_that_arrive_together_are_painted_together_and_only_the_last_are_k
     assert chromium.does("return " + AT_END)
 
 
+def test_a_line_of_many_links_or_many_long_lines_do_not_fill_the_browser(chromium, jonny):
+    chromium.does("receive('<jonny> ' + 'http://a '.repeat(400))")
+    chromium.is_true("lines.lastChild.querySelectorAll('a').length === 10")
+    assert chromium.does("return lines.lastChild.childNodes.length") < 30
+    chromium.does("for (let n = 0; n < 1000; n += 1) receive(`<jonny> ${n} ` + 'x'.repeat(4000))")
+    chromium.is_true("lines.lastChild.textContent.includes('<jonny> 999 ')")
+    assert chromium.does("return lines.textContent.length") <= 500_000
+
+
 def test_whoever_is_at_the_end_stays_there_whatever_changes_the_size(chromium, jonny):
     jonny.types(*[f"line {n}" for n in range(49)])
     chromium.shows("line 48")
@@ -4790,6 +4803,8 @@ def test_whoever_is_at_the_end_stays_there_whatever_changes_the_size(chromium, j
     chromium.sized(390, 300)
     chromium.is_true("innerHeight === 300")
     assert chromium.does("return log.scrollTop") == 100
+    chromium.types(f"mine{ENTER}")  # what one says oneself is always in sight
+    chromium.is_true(AT_END)
     chromium.sized(800, 500)
 
 
@@ -4964,14 +4979,21 @@ def test_help_can_be_read_on_a_phone(chromium, jonny):
 
 
 def test_the_page_is_sent_small_where_that_is_taken_and_not_at_all_where_it_is_known():
-    for accepts, zipped in [("gzip, br", True), (None, False), ("br", False), ("gzip;q=0", False)]:
+    for accepts, zipped in [
+        ("gzip, br", True),
+        (None, False),
+        ("br", False),
+        ("gzip;q=0", False),
+        ("GZip; q=0.5", True),
+        ("not-gzip", False),
+    ]:
         status, headers, body = asked(request({"Accept-Encoding": accepts}, "GET / HTTP/1.1"))
         assert (status, headers.get("Content-Encoding")) == (200, "gzip" if zipped else None)
         assert (gzip.decompress(body) if zipped else body).decode() == batchat.PAGE
         assert len(body) < 12_000 or not zipped
         assert headers["Vary"] == "Accept-Encoding"
     etag = headers["ETag"]
-    for known in (etag, f'"other", {etag}'):
+    for known in (etag, f'"other", {etag}', "*"):
         status, headers, body = asked(request({"If-None-Match": known}, "GET / HTTP/1.1"))
         assert (status, body, headers["ETag"]) == (304, b"", etag)
         assert "Content-Length" not in headers
