@@ -235,9 +235,8 @@ class Log:
     @property
     def news(self) -> int:
         """Bytes that no listener was offered yet."""
-        return (
-            self.start + len(self.data) - self.offered
-        )  # `end` would be a call more for each line
+        # `end` would be a call more for each line
+        return self.start + len(self.data) - self.offered
 
     def append(self, data: bytes) -> None:
         self.newest = self.end
@@ -262,8 +261,7 @@ class History:
         self._size = 0  # bytes
         self._shown = b""  # all of it in one piece, which newcomers share
 
-    def append(self, source: str, line: str) -> None:
-        when = local_time()
+    def append(self, when: str, source: str, line: str) -> None:
         self._shown = b""
         self._said.append((when, source, self._wire.encode(f"{when[-5:]} {line}")))
         self._size += len(self._said[-1][2])
@@ -416,9 +414,8 @@ class WireEvent(enum.Enum):
     FORWARDED = enum.auto()  # a proxy has told who calls
 
 
-OPENED, TOO_LONG, LEAVE, FORWARDED = (
-    WireEvent  # a look-up in the class costs more than all else here
-)
+# A look-up in the class costs more than all else here.
+OPENED, TOO_LONG, LEAVE, FORWARDED = WireEvent
 Event = Union[str, WireEvent]
 
 
@@ -891,8 +888,10 @@ class Chat:
         for log in self.logs.values():
             if log.listeners:
                 log.append(log.wire.encode(line))
-            if said and self.settings.history:
-                log.history.append(source_of(person), line)
+        if said and self.settings.history:
+            when, source = local_time(), source_of(person)
+            for log in self.logs.values():
+                log.history.append(when, source, line)
         for each in self._ignorers.get(person, ()):
             each.outbox.skip_newest()
         if said:
@@ -1108,7 +1107,7 @@ class Chat:
 
     def _do_ban(self, person: Person, rest: str) -> None:
         name, given = [*rest.split(None, 1), ""][:2]
-        other, now = self._find(name), self.clock()
+        other = self._find(name)
         address = other.address
         try:
             minutes = int(given or BAN_MINUTES)
@@ -1116,7 +1115,7 @@ class Chat:
             minutes = 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise Refusal(f"A ban takes from 1 to {LONGEST_BAN} minutes.")
-        bans = [each for each in self.addresses.values() if each.banned_minutes(now)]
+        bans = self._bans()
         if address and address not in bans and len(bans) >= BANS_LIMIT:
             raise Refusal(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         self._throw_out(other, person, f"banned for {minutes} min" if address else "")
@@ -1126,19 +1125,23 @@ class Chat:
             raise Refusal(
                 f"{other.name} is out, but called from this very box: no ban keeps them out."
             )
-        address.banned_until = max(address.banned_until, now + 60 * minutes)
+        address.banned_until = max(address.banned_until, self.clock() + 60 * minutes)
         address.banned_by = person.name
         logger.info("%s banned %s for %d min", person.name, address.name, minutes)
         still_here = sum(1 for each in self.people.values() if each.address is address)
         banned = f"{address.name} is banned for {minutes} min"
         self.tell(person, f"* {banned}; from there are still here: {still_here}.\n")
 
+    def _bans(self) -> dict[Address, int]:
+        """The addresses that are banned, and the minutes that are left."""
+        now = self.clock()
+        minutes = {each: each.banned_minutes(now) for each in self.addresses.values()}
+        return {each: left for each, left in minutes.items() if left}
+
     def _do_bans(self, person: Person, rest: str) -> None:
-        bans = [(each, each.banned_minutes(self.clock())) for each in self.addresses.values()]
         lines = [
             f"* {each.name} is banned for another {minutes} min, by {each.banned_by}.\n"
-            for each, minutes in bans
-            if minutes
+            for each, minutes in self._bans().items()
         ]
         self.tell(person, "".join(lines) or "* No address is banned.\n")
 
@@ -1146,7 +1149,7 @@ class Chat:
         address = None
         with contextlib.suppress(ValueError):  # it is no address
             address = self.addresses.get(address_group(rest.partition("/")[0]))
-        if not address or not address.banned_minutes(self.clock()):
+        if address is None or address not in self._bans():
             raise Refusal(f"{rest} is not banned.")
         address.banned_until = 0
         logger.info("%s took back the ban of %s", person.name, address.name)
@@ -2440,6 +2443,7 @@ const find = selector => document.querySelector(selector);
 const log = find("main"), lines = find("#lines"), form = find("form"), input = find("input");
 const more = find("#more"), status = find("#status"), who = find("#who"), names = find("ul");
 const words = log.dataset;  // what the room says, with {0} for who and {1} for what
+const [HEY, JOINED, QUIT, THROWN, RENAMED] = ["hey", "joined", "quit", "thrown", "renamed"].map(patternOf);
 
 // calling: the line is not open yet, or was lost;  banner: until its first empty line;
 // chatting: we read what is said, and may say something, be it our name;
@@ -2502,7 +2506,7 @@ function receive(text) {
   if (state === "answered") {
     const taken = text === "* " + words.taken.replace("{0}", name);
     if (taken && Date.now() < lostAt + NAME_KEPT * 1000) { socket.close(); return; }
-    if (!match(words.hey, text)) call("");
+    if (!HEY.test(text)) call("");
     state = "chatting";
   }
   if (state === "banner" && text === "") { state = "chatting"; tell(""); }
@@ -2512,20 +2516,25 @@ function receive(text) {
     if (text === words.now) { state = "chatting"; showPast(); }
     return;
   }
-  const hey = match(words.hey, text);
+  const hey = HEY.exec(text);
   if (hey) { call(hey[1]); pause = 1; askWhoIsHere(); }
   if (noteWhoIsHere(text)) return;
-  if (["said", "action"].includes(kindOf(text))) keep(heard, text);
-  show(text, state === "banner" ? "banner" : kindOf(text));
+  const kind = state === "banner" ? "banner" : kindOf(text);
+  if (isTalk(kind)) keep(heard, text);
+  show(text, kind);
 }
 
+// What finds {0}, which has no space, and {1} in what the room says.
+function patternOf(key) {
+  const literally = words[key].replace(/[.*+?^$()|[\]\\]/g, "\\$&");
+  return new RegExp("^" + literally.replace("{0}", "(\\S+)").replace("{1}", "(.+)") + "$");
+}
 function askWhoIsHere() { asking += 1; socket.send("/who"); }
 
 // Take note of who comes and goes; returns whether it is an answer that nobody but us has asked for.
 function noteWhoIsHere(text) {
   const here = /^\* \d+ here: (.*)$/.exec(text);
-  const [joined, renamed] = [match(words.joined, text), match(words.renamed, text)];
-  const gone = match(words.quit, text) || match(words.thrown, text);
+  const joined = JOINED.exec(text), renamed = RENAMED.exec(text), gone = QUIT.exec(text) || THROWN.exec(text);
   const leave = one => { present.delete(one); present.delete("@" + one); };
   if (here) present = new Set(here[1].split(", "));
   if (joined) present.add(joined[1]);
@@ -2535,12 +2544,6 @@ function noteWhoIsHere(text) {
   if (renamed && renamed[1] === name) call(renamed[2]);
   if (here || joined || gone || renamed) tell(status.textContent);
   return here && asking > 0 && asking--;
-}
-
-// What stands in `text` for {0}, which has no space, and {1} of `pattern`; null where it is something else.
-function match(pattern, text) {
-  const literally = pattern.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
-  return new RegExp("^" + literally.replace("{0}", "(\\S+)").replace("{1}", "(.+)") + "$").exec(text);
 }
 
 function call(ours) {
@@ -2560,7 +2563,7 @@ function tell(text) {
   input.placeholder = name ? "Say something, or /help" : "Your name";
   who.hidden = present.size === 0;
   find("summary").textContent = `${present.size} here`;
-  if (!names.matches(":hover, :focus-within")) names.replaceChildren(...[...present].sort().map(nameButton));
+  if (who.open && !names.matches(":hover, :focus-within")) names.replaceChildren(...[...present].sort().map(nameButton));
 }
 
 function nameButton(one) {
@@ -2574,16 +2577,15 @@ function nameButton(one) {
 // Show what was said before we came, but not what is on the screen already.
 function showPast() {
   const [first, ...all] = past, last = all.pop();
-  const isOnScreen = line => said.includes(line);
-  const others = all.map((line, at) => [line.slice(6), at]).filter(([line]) => !isOnScreen(line));
+  const others = all.map((line, at) => [line.slice(6), at]).filter(([line]) => !said.includes(line));
   let from = 0, matching = 0;
   for (let end = others.length; end > 0; end -= 1) {
     let same = 0;
     while (same < end && others[end - 1 - same][0] === heard[heard.length - 1 - same]) same += 1;
-    if (same && same >= matching) {  // of two places, the one that may show a line twice, but loses none
-      matching = same; from = others[end - 1][1] + 1; }
+    // Of two places, take the one that may show a line twice, but loses none.
+    if (same && same >= matching) [matching, from] = [same, others[end - 1][1] + 1];
   }
-  const news = all.slice(from).filter(line => !isOnScreen(line.slice(6)));
+  const news = all.slice(from).filter(line => !said.includes(line.slice(6)));
   if (!news.length) return;
   show(first, "past");
   for (const [time, text] of news.map(line => [line.slice(0, 5), line.slice(6)])) {
@@ -2605,6 +2607,7 @@ function kindOf(text) {
   if (text.startsWith("[")) return "private";
   return text.startsWith("<") ? "said" : "room";
 }
+function isTalk(kind) { return kind === "said" || kind === "action"; }
 
 // Have a line painted soon, with all that come until then: each layout takes as long as the log is.
 function show(text, kind, at) {
@@ -2614,7 +2617,7 @@ function show(text, kind, at) {
   if (kind === "own") [following, end] = [true, 0];
   if (document.hidden) {
     unread += news;
-    called = called || kind === "private" || ["said", "action"].includes(kind) && isCalled(text);
+    called = called || kind === "private" || isTalk(kind) && isCalled(text);
   }
   if (!painting) painting = setTimeout(paint, PAINT_EVERY);
 }

@@ -111,8 +111,11 @@ def expect(person: socket.socket, marker: bytes) -> None:
 class Batchat(Server):
     name, program = "BATCHAT", sys.executable
 
+    def doors(self, port: int) -> list[str]:
+        return ["--port", str(port), "--no-web"]
+
     def command(self, folder: Path, port: int) -> list[str]:
-        options = ["--host", HOST, "--port", str(port), "--no-web", "--rate", "0"]
+        options = ["--host", HOST, *self.doors(port), "--rate", "0"]
         return [self.program, str(BENCH.parent / "batchat.py"), *options]
 
     def dialogue(self, name: str, listens: bool) -> Dialogue:
@@ -130,18 +133,19 @@ def frame(text: bytes) -> bytes:
     return bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text
 
 
-class BatchatWeb(Batchat):
+class WebServer(Server):
+    def line(self, text: bytes) -> bytes:
+        return frame(text)
+
+
+class BatchatWeb(WebServer, Batchat):
     name = "BATCHAT, web"
 
-    def command(self, folder: Path, port: int) -> list[str]:
-        options = ["--host", HOST, "--port", "0", "--web-port", str(port), "--rate", "0"]
-        return [self.program, str(BENCH.parent / "batchat.py"), *options]
+    def doors(self, port: int) -> list[str]:
+        return ["--port", "0", "--web-port", str(port)]
 
     def dialogue(self, name: str, listens: bool) -> Dialogue:
         return [(OPENING, b"enter: "), (frame(name.encode()), b"enjoy the chat.\x81\x00")]
-
-    def line(self, text: bytes) -> bytes:
-        return frame(text)
 
 
 # As its documentation has it for a broadcast, without compression, which costs more.
@@ -166,7 +170,7 @@ asyncio.run(main())
 """
 
 
-class Websockets(Server):
+class Websockets(WebServer):
     name = "websockets, web"
     program = sys.executable if importlib.util.find_spec("websockets") else "websockets"
 
@@ -175,9 +179,6 @@ class Websockets(Server):
 
     def dialogue(self, name: str, listens: bool) -> Dialogue:
         return [(OPENING, b"joined")]
-
-    def line(self, text: bytes) -> bytes:
-        return frame(text)
 
 
 class Ncat(Server):

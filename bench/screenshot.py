@@ -51,32 +51,33 @@ def main() -> None:
     with Server("--web-port", "0") as server, Chromium() as browser:
         with Terminal(server.port) as ann:
             shown = ["$ telnet localhost 1337"]
+
+            def ann_sees(line: str) -> None:
+                ann.shows(f"{line}\n")
+                shown.append(line)
+
             ann.shows(batchat.PROMPT)
             ann.types("ann\n")
             ann.shows("enjoy the chat.\n\n")
             shown += (batchat.GREETING.format(batchat.WELCOME) + "ann").splitlines()
             shown += ["Hey, ann! Hope you enjoy the chat.", ""]
             browser.joins(server, "mike")
-            ann.shows("* mike has joined the chat\n")
-            shown.append("* mike has joined the chat")
+            ann_sees("* mike has joined the chat")
             people = {}
             for name in ("bob", "Мария", "李雷"):
                 people[name] = server.call()
                 people[name].sock.sendall(f"{name}\n".encode())
-                ann.shows(f"* {name} has joined the chat\n")
-                shown.append(f"* {name} has joined the chat")
+                ann_sees(f"* {name} has joined the chat")
             for name, text in TALK:
-                seen = f"<{name}> {text}".replace("<mike> /me", "** mike")
                 if name == "ann":
                     ann.types(f"{text}\n")
-                    seen = text
-                elif name == "mike":
-                    browser.types(text + ENTER)
+                    shown.append(text)
                 else:
-                    people[name].sock.sendall(f"{text}\n".encode())
-                if name != "ann":
-                    ann.shows(seen + "\n")
-                shown.append(seen)
+                    if name == "mike":
+                        browser.types(text + ENTER)
+                    else:
+                        people[name].sock.sendall(f"{text}\n".encode())
+                    ann_sees(f"<{name}> {text}".replace("<mike> /me", "** mike"))
                 browser.shows(text.replace("/me ", ""))
             page = see(browser, 600, 568)
         with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
