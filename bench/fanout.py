@@ -75,6 +75,7 @@ class Server:
 
     name = program = ""
     bus = False  # those who talk do not listen
+    echo = False  # those who talk hear themselves
     equal_lines = True  # on the wire, all are equally long
     join_batch = 100  # people who come in side by side
     settle_seconds = 0.3  # of silence, after all have joined
@@ -111,11 +112,11 @@ def expect(person: socket.socket, marker: bytes) -> None:
 class Batchat(Server):
     name, program = "BATCHAT", sys.executable
 
-    def doors(self, port: int) -> list[str]:
+    def listeners(self, port: int) -> list[str]:
         return ["--port", str(port), "--no-web"]
 
     def command(self, folder: Path, port: int) -> list[str]:
-        options = ["--host", HOST, *self.doors(port), "--rate", "0"]
+        options = ["--host", HOST, *self.listeners(port), "--rate", "0"]
         return [self.program, str(BENCH.parent / "batchat.py"), *options]
 
     def dialogue(self, name: str, listens: bool) -> Dialogue:
@@ -140,12 +141,14 @@ class WebServer(Server):
 
 class BatchatWeb(WebServer, Batchat):
     name = "BATCHAT, web"
+    equal_lines = False  # they hold the event's number
+    echo = True
 
-    def doors(self, port: int) -> list[str]:
+    def listeners(self, port: int) -> list[str]:
         return ["--port", "0", "--web-port", str(port)]
 
     def dialogue(self, name: str, listens: bool) -> Dialogue:
-        return [(OPENING, b"enter: "), (frame(name.encode()), b"enjoy the chat.\x81\x00")]
+        return [(OPENING, b'"type":"prompt"'), (frame(name.encode()), b'"type":"welcome"')]
 
 
 # As its documentation has it for a broadcast, without compression, which costs more.
@@ -424,7 +427,7 @@ class Crowd:
                 self._join_together(port, range(first, min(first + size, load.people)), load)
             except OSError as error:
                 raise OSError(f"lets in about {first} people: {error}") from None
-        if not self.server.bus:
+        if not (self.server.bus or self.server.echo):
             self.hearers -= 1
         self.settle()
         self.start_counting()
