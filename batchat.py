@@ -574,7 +574,7 @@ class Telnet(Protocol):
         self._ahead = (b"", b"")  # the same, for `take_interrupt`
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
-        self._at = 0  # how far `next` has come in `_text`
+        self._at = 0  # how much of `_text` was taken
         self._skipping = False  # the current line is too long
         self._key = b""  # Ctrl-C or Ctrl-D: everything after it is ignored
 
@@ -1305,7 +1305,7 @@ class Chat:
         if not address or address not in self.limiter.bans():
             raise CommandError(f"{text} is not banned.")
         address.banned_until = 0
-        logger.info("%s took back the ban of %s", person.name, address.name)
+        logger.info("%s ended the ban of %s", person.name, address.name)
         self.send(person, "notice", text=f"{address.name} is no longer banned.")
 
 
@@ -2063,9 +2063,7 @@ class HTTPError(Exception):
     """A request that is refused: the status, and headers that say what would be right."""
 
     def __init__(self, status: HTTPStatus, *headers: str) -> None:
-        super().__init__(status)
-        self.status = status
-        self.headers = headers
+        self.status, self.headers = status, headers
 
 
 def respond(status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
@@ -2092,8 +2090,12 @@ def digest(algorithm: str, text: str) -> str:
     return b64encode(hashlib.new(algorithm, text.encode()).digest()).decode()
 
 
-def parse_fields(lines: list[str]) -> dict[str, str]:
-    """The fields of a head (RFC 9112, section 5); raises HTTPError."""
+def parse_request(head: bytes) -> Request:
+    """The request in a head (RFC 9112, sections 2.1 and 5); raises HTTPError."""
+    line, *lines = LINE_BREAK.split(head.decode("latin-1"))[:-2]
+    found = REQUEST_LINE.fullmatch(line)
+    if not found:
+        raise HTTPError(HTTPStatus.BAD_REQUEST)
     if len(lines) > FIELDS_LIMIT:
         raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
     fields: dict[str, str] = {}
@@ -2107,17 +2109,7 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
                 raise HTTPError(HTTPStatus.BAD_REQUEST)
             value = f"{fields[name]}, {value}"  # RFC 9110, section 5.3
         fields[name] = value
-    return fields
-
-
-def parse_request(head: bytes) -> Request:
-    """The request in a head (RFC 9112, section 2.1); raises HTTPError."""
-    line, *lines = LINE_BREAK.split(head.decode("latin-1"))[:-2]
-    found = REQUEST_LINE.fullmatch(line)
-    if not found:
-        raise HTTPError(HTTPStatus.BAD_REQUEST)
-    method, target, minor = found.groups()
-    return Request(method, target, minor, parse_fields(lines))
+    return Request(found[1], found[2], found[3], fields)
 
 
 def forwarded_for(fields: dict[str, str]) -> str:
@@ -2176,23 +2168,20 @@ def upgrade(method: str, fields: dict[str, str]) -> bytes:
     origin, host = fields.get("origin"), fields["host"].lower()
     if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
         raise HTTPError(HTTPStatus.FORBIDDEN)
-    accept = digest("sha1", key + WEBSOCKET_GUID)
     return (
-        "HTTP/1.1 101 Switching Protocols\r\n"
-        "Upgrade: websocket\r\n"
-        "Connection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {accept}\r\n\r\n"
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}\r\n\r\n"
     ).encode()
 
 
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
-NEWLINE = re.compile(r"\r\n|\r|\n")
 # Close codes (RFC 6455, section 7.4.1; 1013 is registered with IANA).
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED_DATA = 1000, 1001, 1002, 1003
 INVALID_DATA, TOO_BIG, TRY_AGAIN_LATER = 1007, 1009, 1013
 CLOSE_CODES = {"shutdown": GOING_AWAY, "full": TRY_AGAIN_LATER, "crowded": TRY_AGAIN_LATER}
+NEWLINE = re.compile(r"\r\n|\r|\n")
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -2219,13 +2208,12 @@ def unmask(payload: bytes, key: bytes) -> bytes:
 
 def check_close(payload: bytes) -> None:
     """Check a close frame from the peer; raises FrameError."""
-    if not payload:
-        return
-    code = int.from_bytes(payload[:2], "big")
-    known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)  # as registered with IANA
-    if len(payload) == 1 or not (known or 3000 <= code <= 4999):
-        raise FrameError(PROTOCOL_ERROR)
-    decode(payload[2:])
+    if payload:
+        code = int.from_bytes(payload[:2], "big")
+        known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)  # registered with IANA
+        if len(payload) == 1 or not (known or 3000 <= code <= 4999):
+            raise FrameError(PROTOCOL_ERROR)
+        decode(payload[2:])
 
 
 def decode(payload: bytes) -> str:
@@ -2238,25 +2226,23 @@ def decode(payload: bytes) -> str:
 
 def lines_of(message: str) -> list[str]:
     """The lines of a message, the first one last; a line break at its end is optional."""
-    if "\n" not in message and "\r" not in message:
-        return [message]
     lines = NEWLINE.split(message)
-    if not lines[-1]:
+    if not lines[-1] and lines[1:]:
         lines.pop()
     return lines[::-1]
 
 
-# What a browser's bytes are: a request's head; nothing yet, for the head is answered first; frames
-# of a WebSocket; nothing any more.
+# What a browser's bytes are: a request's head; a head that is answered next; frames; nothing.
 HEAD, REQUEST, FRAMES, NOTHING = range(4)
 
 
 class Web(Protocol):
     """A browser or a bot: one HTTP request, which gets a response or opens a WebSocket.
 
-    On a WebSocket (RFC 6455) we send one event in a text message.  A message from the peer
-    holds one line or more.
+    On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's one line or
+    more.
     """
+
     __slots__ = ("_at", "_data", "_lines", "_message", "_request", "_state")
 
     ECHO = True  # the confirmation, with the id of the event
@@ -2280,16 +2266,14 @@ class Web(Protocol):
         return frame(TEXT_FRAME, encode_json(event).encode())
 
     def feed(self, data: bytes) -> None:
-        if data:
-            self._data += data
-        else:
-            self.ended = True
+        self._data += data
+        self.ended = not data
 
     def next(self) -> Message | None:
         try:
             while not self._lines:
                 if self._state is HEAD:
-                    return self._next_head()
+                    return self._parse_head()
                 if self._state is REQUEST:
                     return self._respond()
                 if self._state is NOTHING:
@@ -2298,63 +2282,54 @@ class Web(Protocol):
                     self._data, self._at = self._data[self._at :], 0
                     return DISCONNECT if self.ended else None
             return clean(self._lines.pop())
+        except HTTPError as error:
+            self._state = NOTHING
+            text = f"{error.status.value} {error.status.phrase}\n"
+            self._reply(respond(error.status, "plain", text, *error.headers))
         except FrameError as error:
             self.replies += self._end(error.args[0])
-            return DISCONNECT
+        return DISCONNECT
 
     def close(self, code: str) -> bytes:
         if self._state is FRAMES:
             return self._end(CLOSE_CODES.get(code, NORMAL))
-        if code == "timeout" and self._data:  # else they have asked for nothing
-            status = HTTPStatus.REQUEST_TIMEOUT
-            return self._without_body(respond(status, "plain", "Request timed out.\n"))
-        return b""
+        if code == "timeout" and self._data:  # browsers that send nothing are sent nothing
+            self._reply(respond(HTTPStatus.REQUEST_TIMEOUT, "plain", "Request timed out.\n"))
+        last, self.replies = self.replies, b""
+        return last
 
-    def _without_body(self, response: bytes) -> bytes:
-        """A response, but only its head for a HEAD request."""
-        end = response.index(b"\r\n\r\n") + 4
-        return response[:end] if self._data.startswith(b"HEAD ") else response
+    def _reply(self, response: bytes) -> None:
+        """Answer with a response, but only with its head to a HEAD request."""
+        body_at = response.index(b"\r\n\r\n") + 4
+        self.replies += response[:body_at] if self._data.startswith(b"HEAD ") else response
 
     def _end(self, code: int) -> bytes:
         """Parse nothing more; returns the close frame that says why."""
         self._state = NOTHING
         return frame(CLOSE, struct.pack("!H", code))
 
-    def _next_head(self) -> Message | None:
-        """Parse the head of the request, if it is complete."""
+    def _parse_head(self) -> Message | None:
+        """Parse the head of the request, if it is complete; raises HTTPError."""
         self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
         end = HEAD_END.search(self._data)
         self._at = end.end() if end else len(self._data)
-        if not end and self._at <= HEAD_LIMIT:
+        if self._at > HEAD_LIMIT:
+            raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        if not end:
             return DISCONNECT if self.ended else None
-        try:
-            if self._at > HEAD_LIMIT:
-                raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            self._request = parse_request(self._data[: self._at])
-            if self.behind_proxy:
-                self.caller = forwarded_for(self._request.fields)
-        except HTTPError as error:
-            return self._refuse(error)
+        self._request = parse_request(self._data[: self._at])
+        if self.behind_proxy:
+            self.caller = forwarded_for(self._request.fields)
         self._state = REQUEST
         return REQUESTED
 
     def _respond(self) -> Message:
-        """Answer the request."""
-        assert self._request
-        try:
-            response, opened = answer(self._request, self.ban)
-        except HTTPError as error:
-            return self._refuse(error)
-        self.replies += self._without_body(response)
+        """Answer the request; raises HTTPError."""
+        response, opened = answer(cast(Request, self._request), self.ban)
+        self._reply(response)
         self._data, self._at = self._data[self._at :], 0
         self._state = FRAMES if opened else NOTHING
         return CONNECTED if opened else DISCONNECT
-
-    def _refuse(self, error: HTTPError) -> Message:
-        self._state = NOTHING
-        text = f"{error.status.value} {error.status.phrase}\n"
-        self.replies += self._without_body(respond(error.status, "plain", text, *error.headers))
-        return DISCONNECT
 
     def _parse_frame(self) -> bool:
         """Parse the next frame; False if it is not complete; raises FrameError."""

@@ -2627,7 +2627,7 @@ def test_log_says_who_is_kicked_and_banned(kept, ann, caplog):
     assert caplog.messages == [
         *[f"{p.name} left: kicked by ann, {ann.origin} ({p.origin}, {n} here)"
           for n, p in zip((2, 1), people)],
-        *("ann banned 203.0.113.5 for 5 min", "ann took back the ban of 203.0.113.5"),
+        *("ann banned 203.0.113.5 for 5 min", "ann ended the ban of 203.0.113.5"),
     ]
 
 

@@ -19,7 +19,7 @@ BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
 import batchat
-from test_batchat import ENTER, Chromium, Server, Terminal
+from test_batchat import ENTER, GREETING, Chromium, Server, Terminal
 
 TALK = [  # who says what; ann sits at the telnet that is shown, mike in the browser
     ("bob", "has anybody tried the new place on Elm Street?"),
@@ -59,7 +59,7 @@ def main() -> None:
             ann.shows(batchat.PROMPT)
             ann.types("ann\n")
             ann.shows("enjoy the chat.\n\n")
-            shown += (batchat.GREETING.format(batchat.WELCOME) + "ann").splitlines()
+            shown += f"{GREETING}ann".splitlines()
             shown += ["Hey, ann! Hope you enjoy the chat.", ""]
             browser.joins(server, "mike")
             ann_sees("* mike has joined the chat")
