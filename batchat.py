@@ -115,7 +115,7 @@ HELLO = "Hello, World!"
 
 
 def text_of(event: Event) -> str:
-    """An event as telnet shows it; lines end with "\n"."""
+    """An event as telnet shows it; each line ends with a newline."""
     return RENDER[event["type"]](event)
 
 
@@ -1870,37 +1870,29 @@ def raise_descriptor_limit() -> int:
 
 def open_listener(host: str | None, port: int) -> socket.socket:
     """A socket that listens on `host`, or on every address; raises OSError."""
-    if not host and socket.has_dualstack_ipv6():
-        address, family = ("", port), socket.AF_INET6
-    else:
-        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-        family, address = found[0][0], cast("tuple[str, int]", found[0][4])
-    return socket.create_server(
-        address, family=family, dualstack_ipv6=not address[0], backlog=BACKLOG
-    )
+    dual = not host and socket.has_dualstack_ipv6()
+    found = socket.getaddrinfo(host or ("::" if dual else "0.0.0.0"), port, type=socket.SOCK_STREAM)
+    family, address = found[0][0], cast("tuple[str, int]", found[0][4])
+    return socket.create_server(address, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
 
 
 def open_listeners(options: argparse.Namespace) -> dict[socket.socket, type[Protocol]]:
     """The listeners that were asked for; exits if one can't be opened."""
-    wanted: list[tuple[type[Protocol], int, bool]] = [(Telnet, options.port, False)]
+    ports: dict[type[Protocol], list[int]] = {Telnet: [options.port]}
     if not options.no_web:
-        default = options.web_port is None  # then any free port is good enough
-        wanted.append((Web, WEB_PORT if default else options.web_port, default))
-    listeners = {}
-    for protocol, port, default in wanted:
-        try:
+        ports[Web] = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
+    listeners: dict[socket.socket, type[Protocol]] = {}
+    for protocol, alternatives in ports.items():
+        for port in alternatives:
             try:
-                listener = open_listener(options.host, port)
-            except OSError:
-                if not default:
-                    raise
-                listener = open_listener(options.host, 0)
-        except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or "that is no address"
+                listeners[open_listener(options.host, port)] = protocol
+                break
+            except (OSError, UnicodeError) as error:
+                why = getattr(error, "strerror", None) or "that is no address"
+        else:
             why = why.partition(" (while")[0]  # create_server() says where once more
             where = f"{options.host or 'any address'}, port {port}"
             sys.exit(f"batchat: can't listen on {where}: {why}")
-        listeners[listener] = protocol
     return listeners
 
 
@@ -2022,16 +2014,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error.args[0]
         sys.exit(f"batchat: no password in {options.password_file}: {why}")
-    settings = Settings(
-        rate=options.rate,
-        max_people=options.max_people,
-        max_per_address=options.max_per_address,
-        history=options.history,
-        welcome=options.welcome,
-        password=password,
-        behind_proxy=options.behind_proxy,
-        max_connections=most,
-    )
+    limits = options.rate, options.max_people, options.max_per_address, options.history
+    settings = Settings(*limits, options.welcome, password, options.behind_proxy, most)
     listeners = open_listeners(options)
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
