@@ -10,17 +10,8 @@ It is appended once to the log of each format (text for telnet, JSON for WebSock
 reader is sent everything new in one system call.  One thread runs the event loop: select,
 process input, send, reconcile.
 
-    1. Events           what people are shown, and its text
-    2. Limits           every number, with its unit
-    3. Log and Outbox   bytes and offsets
-    4. Telnet           bytes to lines
-    5. Limiter          addresses, token buckets, bans and counts
-    6. Chat             people, their states, names and commands
-    7. Reactor          sockets, the selector and the clock
-    8. main             options, signals and the log file
-    9. The web          HTTP, WebSocket and the page
-
-Only parts 7 and 8 use sockets.  A reader who does not care for browsers can stop after 8.
+Parts: 1. Events  2. Limits  3. Log and Outbox  4. Telnet  5. Limiter  6. Chat  7. Reactor
+8. main  9. The web.  Only 7 and 8 use sockets.  Without browsers in mind, stop after 8.
 """
 
 from __future__ import annotations
@@ -392,14 +383,14 @@ class Outbox:
 # --------------------------------------------------------------------------
 # 4. Telnet
 
-# What a protocol reports besides lines: a person can be greeted; a line over LINE_LIMIT was
-# dropped; Ctrl-C, the end of the stream or a protocol error; a browser's request can be answered.
+# What a protocol reports besides lines: a person to greet; a line over LINE_LIMIT, dropped;
+# Ctrl-C, the end of the stream or a protocol error; a browser's request, to be answered next.
 CONNECTED, TOO_LONG, DISCONNECT, REQUESTED = range(1, 5)
 Message = Union[str, int]
 
 
 class Protocol:
-    """A protocol without sockets: `feed` it bytes, and take the `next` message."""
+    """A protocol without sockets: `feed` it bytes, take the `next` message."""
     __slots__ = ("ban", "behind_proxy", "caller", "ended", "replies")
 
     ECHO = False  # whether speakers are sent what they say
@@ -430,10 +421,9 @@ class Protocol:
         raise NotImplementedError
 
     def take_interrupt(self, unread: bytes, new: int) -> bool:
-        """Look for Ctrl-C in what was read but not fed; only its last `new` bytes are new.
+        """Look for Ctrl-C in the last `new` bytes of what was read but not fed.
 
-        If it is there, drop everything before it, and let DISCONNECT come next.  Returns whether
-        it was there.
+        If it is there, drop everything before it, and let DISCONNECT come next.
         """
         return False
 
@@ -531,10 +521,10 @@ def decode_line(line: bytes) -> str:
 
 
 def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
-    """Take the telnet commands out of `data`, where the text `before` it ended in those bytes.
+    """Take the telnet commands out of `data`; `before` are the last bytes of text before it.
 
-    Returns the text, which has the keys that commands stand for; an incomplete command at the
-    end; and what the commands are answered.
+    Returns the text, with the keys that commands stand for, an incomplete command at its end,
+    and what the commands are answered.
     """
     text, at, rest, answers = bytearray(before), 0, b"", []
     for command in TELNET_COMMAND.finditer(data):
@@ -651,8 +641,7 @@ class Telnet(Protocol):
 class TokenBucket:
     """Holds BURST_SECONDS' worth of tokens, and gains `rate` tokens a second; 0 is no limit.
 
-    The last token in it may be spent on something that costs more.  Then the bucket is empty
-    until that is paid off.
+    The last token may be spent on something that costs more, which is paid off later.
     """
     __slots__ = ("rate", "ready_at")
 
@@ -668,8 +657,8 @@ class TokenBucket:
 class Quota:
     """Connections that are counted together, up to a limit.
 
-    Those that are departing (rejected, closing or lost) are not counted.  `spare` of them may be
-    there in any case, and more as long as the limit is not reached.
+    Those that are departing (rejected, closing or lost) are not counted; `spare` of them may be
+    there in any case.
     """
 
     def __init__(self, limit: int, spare: int) -> None:
@@ -687,8 +676,7 @@ class Quota:
 class Address(Quota):
     """An address with its token bucket and its ban.
 
-    It is kept while anybody is connected, while it is banned, and until its bucket is full, so
-    that reconnecting does not refill the bucket.
+    It is kept until its bucket is full, so that reconnecting does not refill it.
     """
 
     def __init__(self, name: str, limit: int, rate: int) -> None:
@@ -818,16 +806,13 @@ class Limiter:
 # The three states of a person.  Only Chat changes them.
 #
 # AWAITING_NAME  a valid name that is free             CHATTING; the others read of it
-# (reads no      an invalid or taken one               the reason and the prompt again; the fifth
-# events of                                            time CLOSING
-# the room)      /quit, the end of the stream, a web   CLOSING
-#                request, a line that is too long, no
-#                name in time, a refusal
-# CHATTING       /quit, Ctrl-C, Ctrl-D, the end of     CLOSING; the others read that they have quit
-#                the stream, being dropped
-#                being kicked                          CLOSING; the others read by whom
-# CLOSING        everything pending is sent and the    forgotten
-# (sends only)   peer has closed, or time is up
+#                an invalid or taken one               the reason and the prompt; then CLOSING
+#                /quit, end of stream, web request,    CLOSING
+#                too long a line, no name in time
+# CHATTING       /quit, Ctrl-C, Ctrl-D, end of stream  CLOSING; the others read that they quit
+#                dropped or kicked                     CLOSING; the others read of it
+# CLOSING        all is sent and the peer has closed,  forgotten
+#                or time is up
 AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 
@@ -1073,8 +1058,8 @@ class Chat:
     ) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
-        `reason` is for our own log.  `code` and `text` are for the `closing` event.  `kicked` has
-        the fields of the event that the others read instead of `quit`.
+        `reason` is for our own log, `code` and `text` are for the `closing` event, and `kicked`
+        has the fields of the event that the others read instead of `quit`.
         """
         if person.state is CHATTING:
             del self.people[name_key(person.name)]
@@ -1360,11 +1345,9 @@ class Connection(Person):
 class Reactor:
     """The event loop.
 
-    The logs grow while input is processed.  They must not while they are sent, because
-    memoryviews of them are alive.
-
-    `_reconcile` derives all that follows from a connection's state.  `_guard` confines every
-    error to the connection that it belongs to.
+    The logs grow while input is processed, and not while they are sent, because memoryviews of
+    them are alive.  `_reconcile` derives all that follows from a connection's state.  `_guard`
+    confines every error to the connection that it belongs to.
     """
 
     def __init__(
@@ -1396,10 +1379,7 @@ class Reactor:
         self._register_listeners()
 
     def run(self) -> bool:
-        """Serve until `stop` was called and everyone has gone, or time is up.
-
-        Returns False if it was an error that stopped it.
-        """
+        """Serve until `stop` was called; returns False if it was an error that stopped it."""
         well = True
         while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
             try:
@@ -1914,8 +1894,7 @@ def opening_lines(host: str | None, listeners: Iterable[socket.socket]) -> str:
 class NonBlockingHandler(logging.Handler):
     """Writes the log to a descriptor without ever waiting for its reader.
 
-    What can't be written at once is left out, and counted in the next line that can.  (On
-    Windows it may wait.)
+    What can't be written at once is left out, and counted in the next line that can.
     """
 
     def __init__(self, descriptor: int) -> None:
