@@ -2341,76 +2341,71 @@ class Web(Protocol):
 
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1b1b; --soft: #5b6066; --rule: #d4d7da;
-  --own: #0b5394; --own-paper: #eef4fa; --private: #7a1fa2; --mark: #fff3c4; --n0: #b3261e; --n1: #1a56c4;
-  --n2: #116b2e; --n3: #8a4b00; --n4: #7b1fa2; --n5: #00666c; --n6: #a3195b; --n7: #4f5b00; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14161a; --ink: #e8e8e6; --soft: #a0a6ad; --rule: #363b42;
-    --own: #8fc1ff; --own-paper: #1c242e; --private: #dca6f5; --mark: #3a3312; --n0: #ff8f85; --n1: #8ab4ff;
-    --n2: #7ddc8f; --n3: #f3b562; --n4: #d9a3ff; --n5: #5fd7dd; --n6: #ff8fc0; --n7: #c9d25b; } }
-* { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } summary { cursor: pointer; }
-body { display: flex; flex-direction: column; height: 100dvh; background: var(--paper);
-  color: var(--ink); font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } p { color: var(--soft); }
+:root { color-scheme: light dark; --paper: light-dark(#ffffff, #14161a); --ink: light-dark(#1b1b1b, #e8e8e6);
+  --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42); --own: light-dark(#0b5394, #8fc1ff); }
+* { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
+body { display: flex; flex-direction: column; height: 100dvh; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
 main { flex: 1; overflow-y: auto; display: flex; flex-direction: column; } #lines { margin-top: auto; }
+#lines div { contain-intrinsic-height: auto 145em; } #lines div:nth-last-child(n+3) { content-visibility: auto; }
 main p { position: relative; padding-left: 9ch; text-indent: -2ch; overflow: clip; white-space: pre-wrap;
-  overflow-wrap: anywhere; content-visibility: auto; contain-intrinsic-height: auto 1.45em; }
+  overflow-wrap: anywhere; } main .greeting, main .prompt { padding: 0; text-indent: 0; }
+main .day, main .gap { padding: .4em 0; text-indent: 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
 pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height: 1.2; }
-.greeting, .welcome, .prompt, .said, .did { color: var(--ink); } .whisper, .did { font-style: italic; }
-.whisper { color: var(--private); } .past, .pending, .unconfirmed { color: var(--soft); }
-main .greeting, main .prompt { padding: 0; text-indent: 0; }
-.own { box-shadow: inset 3px 0 var(--own); background: var(--own-paper); } .mention { background: var(--mark); }
-main .day, main .gap { padding: .4em 0; text-indent: 0; text-align: center; }
-.name { font-weight: bold; } a { color: inherit; unicode-bidi: isolate; }
-.n0 { color: var(--n0); } .n1 { color: var(--n1); } .n2 { color: var(--n2); } .n3 { color: var(--n3); }
-.n4 { color: var(--n4); } .n5 { color: var(--n5); } .n6 { color: var(--n6); } .n7 { color: var(--n7); }
+.greeting, .welcome, .prompt, .said, .did { color: var(--ink); } .past, .pending, .unconfirmed { color: var(--soft); }
+.whisper { color: light-dark(#7a1fa2, #dca6f5); } .whisper, .did { font-style: italic; }
+.own { box-shadow: inset 3px 0 var(--own); background: light-dark(#eef4fa, #1c242e); }
+.mention { background: light-dark(#fff3c4, #3a3312); } a { color: inherit; unicode-bidi: isolate; }
+.name { font-weight: bold; color: light-dark(oklch(.47 .13 var(--hue)), oklch(.8 .11 var(--hue))); }
 .rows { display: grid; grid-template-columns: max-content 1fr; column-gap: 3ch; text-indent: 0; }
 @media (max-width: 500px) { .rows, .rows * { display: block; } .rows :nth-child(even) { padding-left: 2ch; } }
-footer { border-top: 1px solid var(--rule); } form { display: flex; gap: .5rem; }
-input { flex: 1; min-width: 0; padding: .5rem .7rem; font: inherit; color: inherit;
-  background: transparent; border: 1px solid var(--soft); border-radius: .4rem; }
+form { display: flex; gap: .5rem; } input { flex: 1; min-width: 0; padding: .5rem .7rem; font: inherit;
+  color: inherit; background: transparent; border: 1px solid var(--soft); border-radius: .4rem; }
 ::placeholder { color: var(--soft); opacity: 1; } #status:not(:empty) { margin-bottom: .4rem; }
-button { font: inherit; cursor: pointer; padding: .3rem .9rem; border: 0; border-radius: .4rem; }
-button { color: var(--paper); background: var(--own); } details { position: relative; }
+button { font: inherit; padding: .3rem .9rem; border: 0; border-radius: .4rem; color: var(--paper);
+  background: var(--own); } button, summary { cursor: pointer; } details { position: relative; }
 :focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
-ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem;
-  list-style: none; background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
+ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem; list-style: none;
+  background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 """
 
 SCRIPT = r"""
 "use strict";
 const TEXT = TEXT_TEMPLATES;
 const PROTOCOL = 1;  // what this page speaks
-const LINES_KEPT = 5000, SIZE_KEPT = 500000, PENDING_SHOWN = 20;  // lines; characters; lines
-const PAINT_EVERY = 40, PAINTED = 6000;  // milliseconds; characters at a time: some take long to lay out
+const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; of these kept; a line counts as SHORT
+const PAINT_EVERY = 40, PENDING_SHOWN = 20, LINKS = 10;  // milliseconds; lines; links in a line
 const MAX_PAUSE = 30, NAME_HELD = 150;  // seconds; the server may not notice a lost connection for so long
-const LINKS = 10, COLOURS = 8, COLOURED = 1000;  // links in a line; colours, and names that keep theirs
+const REMEMBERED = 1000;  // names that keep their colour, lines entered
 const RETRY = ["full", "crowded", "timeout", "shutdown", "name_taken"];  // after these disconnects
 const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];  // event types
 const PASSWORD = /^[^\p{L}\p{N}]*\/op(\s|$)/iu;  // a line with a password
 const templates = { ...TEXT, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
 for (const type in templates) templates[type] = templates[type].split(/\{(\w+)\}/);  // words, field, words, ...
 const find = selector => document.querySelector(selector);
-const log = find("main"), lines = find("#lines"), waiting = find("#pending"), more = find("#more");
-const form = find("form"), input = find("input"), status = find("#status"), who = find("details"), list = find("ul");
-// calling: not connected;  greeted: for the first time;  joining: we gave the name that we had;
-// naming: the room waits for a name;  chatting;  left: not connected until the user enters a name.
-let state = "calling", socket, name = recall("name"), ownName;  // name: ours; ownName: a pattern that finds it
+const [log, lines, waiting, more, form, input, status, who, list] =
+  ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
+let stored = {};  // over a reload
+try { stored = sessionStorage; } catch { /* refused */ }
+// calling: not connected;  joining: we gave the name that we had;  naming: the room waits for a name;  chatting;
+let state = "calling", socket;  // left: not connected until the user enters a name
+let name = stored.name || "", ownName;  // ours; a pattern that finds it
 let closing = "", closingShown = "", pause = 1;  // why the server disconnects, also on screen; seconds to wait
 let lostAt = 0, awaySince = 0;  // when a connection with our name was lost; when we were last in the room
 let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
 let room = "", seen = -1, maxLine = 4096;  // the server's run, its highest event id so far; bytes
 let people = new Map(), listing = 0;  // name -> operator or not; the timer that lists them
-let colours = new Map(), nextColour = 0;  // by name, the last used at its end
+let hues = new Map(), nextHue = 0;  // by name, the last used at its end
 let queue = [], queued = 0, painting = 0;  // events to paint, their size, the timer
-let size = 0, lastDay = new Date().toDateString();  // of what is painted
-let pending = [], confirmed = [];  // own lines that have not come back; those that have, until the next paint
-let following = true, end = 0, sizes = "";  // the last line stays in sight; where we scrolled to, the sizes then
+let block, space = 0, lastDay = new Date().toDateString();  // what is filled with lines, how much fits in
+let pending = [];  // own lines that have not come back
+let following = true, sizes = "";  // the last line stays in sight; the sizes when we scrolled to it
 let below = 0, unread = 0, called = false;  // new lines out of sight; in a hidden tab; one of them is for us
 let typed = [], typedAt = 0, draft = "";  // lines entered; where ArrowUp is; what was there before
 let parked = "", completing = null;  // typed before a name was asked for again; the names that Tab goes through
@@ -2421,20 +2416,21 @@ function connect() {
   [state, closing] = ["calling", ""];
   tell("");
   socket.onmessage = message => receive(JSON.parse(message.data));
-  socket.onclose = ({ code }) => disconnected(closing ? RETRY.includes(closing) : code !== 1000);
+  socket.onclose = disconnected;
 }
-function disconnected(retry) {
+function disconnected({ code }) {
   if (state === "chatting") awaySince = lostAt = Date.now();
-  state = retry ? "calling" : "left";
   setPeople([]);
-  if (!retry) {
-    [lostAt, pause] = [0, 1];
-    giveUpPending(); setName("");
-    return tell((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
+  if (closing ? RETRY.includes(closing) : code !== 1000) {
+    state = "calling";
+    tell(`Disconnected. Reconnecting in ${pause} s \u2026`);
+    setTimeout(connect, pause * 1000);
+    pause = Math.min(pause * 2, MAX_PAUSE);
+  } else {
+    [state, lostAt, pause] = ["left", 0, 1];
+    giveUp(); setName("");
+    tell((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
   }
-  tell(`Disconnected. Reconnecting in ${pause} s \u2026`);
-  setTimeout(connect, pause * 1000);
-  pause = Math.min(pause * 2, MAX_PAUSE);
 }
 function receive(event) {
   if (arriving && event.type !== "history") resume(null);
@@ -2443,12 +2439,15 @@ function receive(event) {
 }
 const handlers = {
   greeting(event) {
-    const reload = event.protocol !== PROTOCOL && recall("reloaded") !== String(event.protocol);
-    if (reload && keep("reloaded", event.protocol)) { socket.onmessage = null; return location.reload(); }  // once
+    const { protocol } = event, reload = protocol !== PROTOCOL && stored.reloaded !== String(protocol);  // once
+    if (reload && stored instanceof Storage) {
+      [stored.reloaded, socket.onmessage] = [protocol, null];
+      return location.reload();
+    }
     if (!room && !name) {
-      [state, size] = ["greeted", event.banner.length];
-      lines.append(element("pre", "", event.banner, { ariaHidden: "true" }));
+      lines.append(element("pre", { ariaHidden: "true" }, event.banner));
       show(event);
+      state = "naming";
     }
     [seen, room, maxLine] = [event.room === room ? seen : -1, event.room, event.max_line];
   },
@@ -2474,13 +2473,13 @@ const handlers = {
   },
   history(event) { resume(event.events); },
   said(event) { confirm(event); show(event); },
-  did(event) { confirm(event); show(event); },
+  did(event) { handlers.said(event); },
   joined(event) { people.set(event.name, false); listSoon(); show(event); },
   quit(event) { people.delete(event.name); listSoon(); show(event); },
   kicked(event) { handlers.quit(event); },
   renamed(event) {
-    people.set(event.to, people.get(event.name) || false);
-    colours.set(event.to, colourOf(event.name));
+    people.set(event.to, people.get(event.name));
+    hues.set(event.to, hueOf(event.name));
     handlers.quit(event);
     if (isOwn(event)) setName(event.to);
   },
@@ -2494,140 +2493,127 @@ const handlers = {
   },
 };
 function setName(value) {
-  name = value;
-  keep("name", name);
+  name = stored.name = value;
   const letters = "\\p{L}\\p{M}\\p{Nd}_", literally = name.replaceAll(".", "\\.");
   ownName = new RegExp(name ? `(?<![${letters}.-])${literally}(?![.-]*[${letters}])` : "^\\b$", "iu");
   tell(status.textContent);
 }
-function recall(key) { try { return sessionStorage.getItem(key) || ""; } catch { return ""; } }
-function keep(key, value) { try { sessionStorage.setItem(key, value); return true; } catch { return false; } }
 function tell(text) {
   status.textContent = text;
   input.placeholder = find("label").textContent = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
 function resume(events) {  // after a welcome: show the history, or what of it we missed; null where there is none
-  const missed = (events || []).filter(event => event.id > seen), away = awaySince;
+  const missed = (events || []).filter(event => event.id > seen), away = awaySince, how = away ? "" : "past";
   [arriving, awaySince] = [false, 0];
   if (away) {
     const s = Math.round((Date.now() - away) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
     show({ type: "gap", text: `You were away for ${long}.${events ? "" : " Messages of that time are not shown."}` });
   } else if (missed.length) {
-    show({ type: "history", since: `${dateOf(missed[0]).toLocaleDateString("sv")} ${clock(dateOf(missed[0]))}` }, "past");
+    show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
   }
-  for (const event of missed) {
-    const at = pending.findIndex(own => isOwn(event) && isSame(own, event));
-    if (at >= 0) confirmed.push(...pending.splice(at, 1));
-    show(event, away ? "" : "past");
-    seen = Math.max(seen, event.id);
-  }
-  if (!away && missed.length) show({ type: "history_end" }, "past");
-  giveUpPending();
+  for (const event of missed) { confirm(event, true); show(event, how); seen = event.id; }
+  if (!away && missed.length) show({ type: "history_end" }, how);
+  giveUp();
 }
 
 // Own lines: pending until they come back
 function pendingOf(line) {  // the event that it will be; none of other commands
-  const me = /^\s*\/me\s+(?=\S)/i.exec(line);
-  if (me) return [{ type: "did", name, text: line.slice(me[0].length).trim() }];
+  const me = /^\s*\/me\s+(?=\S)/i.exec(line), date = new Date();
+  if (me) return [{ type: "did", name, date, text: line.slice(me[0].length).trim() }];
   if (!line.startsWith("//") && (/^\s*\//.test(line) || PASSWORD.test(line))) return [];
-  return [{ type: "said", name, text: line.replace(/^\/\//, "/") }];
+  return [{ type: "said", name, date, text: line.replace(/^\/\//, "/") }];
 }
-function confirm(event) {  // the first with that text, or the oldest; none before it can come back any more
-  const at = Math.max(0, pending.findIndex(own => isSame(own, event)));
-  if (isOwn(event)) confirmed.push(...pending.splice(0, at + 1));
+function confirm(event, past) {  // the first with that text; of the room, the oldest where none has it
+  const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
+  if (!isOwn(event) || past && at < 0) return;
+  if (past) pending.splice(at, 1); else pending.splice(0, Math.max(at, 0) + 1);  // those before it are lost
 }
-function isSame(own, event) { return own.type === event.type && own.text === event.text; }
-function giveUpPending() { for (const own of pending.splice(0)) { show(own, "unconfirmed"); confirmed.push(own); } }
+function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
 // The people
 function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listSoon(); }
 function sortedNames() { return [...people.keys()].sort(new Intl.Collator().compare); }
-function listSoon() { listing = listing || setTimeout(listPeople, 100); }
+function listSoon() { listing ||= setTimeout(listPeople, 100); }
 function listPeople() {
   listing = 0;
   who.hidden = people.size === 0;
   find("summary").textContent = `${people.size} here`;
-  if (who.open && !list.matches(":hover, :focus-within")) list.replaceChildren(...sortedNames().map(personItem));
-}
-function personItem(one) {
-  const item = element("li"), button = element("button", "", people.get(one) ? "@" : "", { type: "button" });
-  item.append(button); button.append(element("bdi", "", one));
-  button.onclick = () => { input.value = `/msg ${one} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
-  return item;
+  if (!who.open || list.matches(":hover, :focus-within")) return;
+  list.replaceChildren(...sortedNames().map(one => {
+    const onclick = () => { input.value = `/msg ${one} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
+    const button = element("button", { type: "button", onclick }, people.get(one) ? "@" : "", element("bdi", {}, one));
+    return element("li", {}, button);
+  }));
 }
 function closeList() { who.open = false; input.focus(); }
 
 // The log
-function isOwn(event) { return name !== "" && (event.name || event.from) === name; }
-function isCalled(event) { return event.type !== "whisper" && !isOwn(event) && ownName.test(event.text); }
-function dateOf(event) { return new Date(event.at ? event.at * 1000 : Date.now()); }
-function clock(date) { return date.toTimeString().slice(0, 5); }
+const isOwn = event => (event.name || event.from) === name;
+const isCalled = event => event.type !== "whisper" && !isOwn(event) && ownName.test(event.text);
+const dateOf = event => new Date(event.at ? event.at * 1000 : Date.now());
 function show(event, how = "") {  // soon, together with those that come until then
   if (!templates[event.type]) return;  // of a later version
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     [unread, called] = [unread + 1, called || event.type === "whisper" || isCalled(event)];
     count();
   }
-  queue.push({ event, how, date: dateOf(event), length: 20 + (event.text || "").length });
-  queued += queue[queue.length - 1].length;
-  while (queue.length > LINES_KEPT || queued > SIZE_KEPT) queued -= queue.shift().length;
+  const size = Math.max(SHORT, (event.text || "").length);
+  queue.push({ ...event, how, size, date: dateOf(event) });
+  for (queued += size; queued > BLOCKS * BLOCK;) queued -= queue.shift().size;
   paintSoon();
 }
-function paintSoon() { painting = painting || setTimeout(paint, PAINT_EVERY); }
+function paintSoon() { painting ||= setTimeout(paint, PAINT_EVERY); }
 function paint() {
-  let left = PAINTED, fresh = [];
+  let left = BLOCK, pendingLeft = BLOCK;
   painting = 0;
-  if (log.scrollTop < end - 1 && !isAtEnd()) following = false;  // the scroll event is still to come
-  for (const own of confirmed.splice(0)) own.line?.remove();
+  scrolled();  // the event of it may still be to come
   while (queue.length && left > 0) {
-    const { event, how, date, length } = queue.shift();
-    [queued, left] = [queued - length, left - length];
-    const text = event.at ? date.toDateString() : lastDay;
-    if (text !== lastDay) fresh.push(paragraph({ type: "day", text: lastDay = text }, "", date));
-    fresh.push(paragraph(event, how, date));
-    if (!following && !how && event.type !== "gap" && !isOwn(event)) below += 1;
+    const event = queue.shift(), day = event.at ? event.date.toDateString() : lastDay;
+    if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
+    if (day !== lastDay) block.append(paragraph({ type: "day", text: lastDay = day }));
+    block.append(paragraph(event));
+    [left, space, queued] = [left, space, queued].map(size => size - event.size);
+    if (!following && !event.how && event.type !== "gap" && !isOwn(event)) below += 1;
   }
-  size += fresh.reduce((sum, line) => sum + line.textContent.length, 0);
-  lines.append(...fresh);
-  for (; lines.childElementCount > LINES_KEPT || size > SIZE_KEPT; lines.firstChild.remove()) {
-    size -= lines.firstChild.textContent.length;
-  }
-  for (const own of pending.slice(0, PENDING_SHOWN).filter(own => !own.line && left > 0)) {
-    left -= own.text.length;
-    waiting.append(own.line = paragraph(own, "pending", new Date()));
-  }
-  if (left <= 0) paintSoon();
+  while (lines.childElementCount > BLOCKS) lines.firstChild.remove();
+  const shown = pending.slice(0, PENDING_SHOWN).filter(own => (pendingLeft -= own.text.length) > 0);
+  waiting.replaceChildren(...shown.map(own => paragraph({ ...own, how: "pending" })));
+  if (queue.length) paintSoon();
   if (following) toEnd();
   count();
 }
-function paragraph(event, how, date) {
-  const line = element("p", `${event.type} ${how}`), talk = TALK.includes(event.type);
-  line.classList.toggle("own", talk && isOwn(event));
-  line.classList.toggle("mention", talk && isCalled(event));
-  if (!UNDATED.includes(event.type)) line.append(element("time", "", clock(date), { dateTime: date.toISOString() }));
-  templates[event.type].forEach((part, at, all) => {  // an empty field takes the colon before it along
-    line.append(...at % 2 ? nodesOf(part, event[part]) : [event[all[at + 1]] === "" ? part.replace(": ", "") : part]);
-  });
+function paragraph(event) {
+  const { type, how = "", date } = event, line = element("p", { className: `${type} ${how}`.trim() });
+  line.classList.toggle("own", TALK.includes(type) && isOwn(event));
+  line.classList.toggle("mention", TALK.includes(type) && isCalled(event));
+  const time = { dateTime: date?.toISOString() }, clock = date?.toTimeString().slice(0, 5);
+  if (!UNDATED.includes(type)) line.append(element("time", time, clock));
+  line.append(...templates[type].flatMap((part, at, all) => {  // an empty field takes the colon before it along
+    if (at % 2) return (fields[part] || text)(event[part]);
+    return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
+  }));
   if (how === "unconfirmed") line.append(" (not confirmed)");
   return line;
 }
-function nodesOf(field, value) {
-  if (["name", "to", "from", "by"].includes(field)) return [element("bdi", `name n${colourOf(value)}`, value)];
-  if (field === "names") return value.flatMap(({ name, operator, address }, at) =>
-    [`${at ? ", " : ""}${operator ? "@" : ""}`, element("bdi", "", name), address ? ` (${address})` : ""]);
-  const rows = field === "commands", parent = element(rows ? "span" : "bdi", rows ? "rows" : "");
-  parent.append(...rows ? value.flat().map(text => element("span", "", text)) : linked(String(value)));
-  return [parent];
+const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
+const text = value => element("bdi", {}, ...linked(String(value)));
+const fields = {  // as nodes; all others are text
+  name: person, to: person, from: person, by: person,
+  names: all => all.flatMap(({ name, operator, address }, at) =>
+    [(at ? ", " : "") + (operator ? "@" : ""), element("bdi", {}, name), address ? ` (${address})` : ""]),
+  commands: rows => element("span", { className: "rows" }, ...rows.flat().map(cell => element("span", {}, cell))),
+};
+function element(tag, more, ...children) {
+  const made = Object.assign(document.createElement(tag), more);
+  made.append(...children);
+  return made;
 }
-function element(tag, className = "", textContent = "", more = {}) {
-  return Object.assign(document.createElement(tag), { className: className.trim(), textContent, ...more });
-}
-function colourOf(one) {  // one after the other, so that neighbours differ
-  const colour = colours.get(one) ?? nextColour++ % COLOURS;
-  colours.delete(one); colours.set(one, colour);  // at the end
-  if (colours.size > COLOURED) colours.delete(colours.keys().next().value);
-  return colour;
+function hueOf(one) {  // far from the one before it
+  const hue = hues.get(one) ?? (nextHue += 137) % 360;
+  hues.delete(one); hues.set(one, hue);  // at the end
+  if (hues.size > REMEMBERED) hues.delete(hues.keys().next().value);
+  return hue;
 }
 function linked(text) {  // as nodes; a link that goes elsewhere than it seems to names its host
   const parts = text.split(/(https?:\/\/[^\s<>"]+)/i);
@@ -2637,49 +2623,50 @@ function linked(text) {  // as nodes; a link that goes elsewhere than it seems t
     if (!url || url.username || url.password) return [part];
     const how = { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", dir: "ltr" };
     const host = address.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`;
-    return [element("a", "", address, how), host + part.slice(address.length)];
+    return [element("a", how, address), host + part.slice(address.length)];
   });
 }
-function withoutPunctuation(address) {  // nor brackets that it does not open
-  const opening = { ")": "(", "]": "[", "}": "{" }, counts = {};
-  for (const letter of address) counts[letter] = (counts[letter] || 0) + 1;
-  for (let length = address.length; ; length -= 1) {
-    const last = address[length - 1], first = opening[last];
-    if (first ? counts[last] <= (counts[first] || 0) : !".,;:!?'([{".includes(last)) return address.slice(0, length);
-    counts[last] -= 1;
-  }
+function withoutPunctuation(address) {  // at its end; nor brackets that it does not open
+  let open = [], length = 0;
+  address.split("").forEach((letter, at) => {
+    const bracket = "([{)]}".indexOf(letter), closes = bracket >= 3 && open.at(-1) === bracket - 3;
+    if (closes || bracket < 0 && !".,;:!?'".includes(letter)) length = at + 1;
+    if (bracket >= 3) open.pop(); else if (bracket >= 0) open.push(bracket);
+  });
+  return address.slice(0, length);
 }
-function isAtEnd() { return log.scrollHeight - log.scrollTop - log.clientHeight < 40; }
-function sizesNow() { return `${log.clientHeight} ${log.scrollHeight}`; }
+const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
 function toEnd() {
   log.scrollTop = log.scrollHeight;
-  [end, sizes, following, below] = [log.scrollTop, sizesNow(), true, 0];
+  [following, sizes] = [true, sizesNow()];
 }
+function scrolled() { if (following && sizes !== sizesNow()) toEnd(); else following = isAtEnd(); }  // by the user
 function count() {
+  if (following) below = 0;
   more.hidden = below === 0;
-  more.textContent = `\u2193 ${below} new ${below === 1 ? "line" : "lines"}`;
+  more.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
   document.title = unread ? `(${called ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
-log.onscroll = () => {
-  if (following && sizes !== sizesNow()) return;  // a size changed, the user did not scroll
-  if (following = isAtEnd()) { below = 0; count(); }
-};
+log.onscroll = () => { scrolled(); count(); };
+more.onclick = () => { toEnd(); count(); input.focus(); };
 const resized = new ResizeObserver(() => following && toEnd());
 for (const each of [log, lines, waiting]) resized.observe(each);
 document.onvisibilitychange = () => { if (!document.hidden) { [unread, called] = [0, false]; count(); } };
 
 // The keyboard
-function canSay() { return socket.readyState === WebSocket.OPEN && ["naming", "chatting"].includes(state); }
+const canSay = () => socket.readyState === WebSocket.OPEN && ["naming", "chatting"].includes(state);
 function say(text) {  // returns whether nothing is left to be done with it
   const line = text.replace(/\t/g, " ").replace(/[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, "");
-  const bytes = new TextEncoder().encode(line).length;
+  const bytes = new TextEncoder().encode(line).length, fits = bytes <= maxLine;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
-  tell(bytes > maxLine ? `Not sent: ${bytes} bytes, and a line has at most ${maxLine}.` : "");
-  if (bytes <= maxLine) socket.send(line);
-  if (bytes > maxLine || state !== "chatting") return bytes <= maxLine;
+  tell(fits ? "" : `Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
+  if (fits) socket.send(line);
+  if (!fits || state !== "chatting") return fits;
   pending.push(...pendingOf(line));
-  if (!PASSWORD.test(line) && typed.push(line) > LINES_KEPT) typed.shift();
-  [typedAt, draft, following, end] = [typed.length, "", true, 0];
+  if (!PASSWORD.test(line) && typed.push(line) > REMEMBERED) typed.shift();
+  [typedAt, draft] = [typed.length, ""];
+  if (!following) toEnd();
   paintSoon();
   return true;
 }
@@ -2690,12 +2677,13 @@ form.onsubmit = event => {
 };
 input.onpaste = event => {  // an input would make one line of many
   const all = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
-  if (all.length > 1 && canSay()) event.preventDefault(); else return;
+  if (all.length === 1 || !canSay()) return;
+  event.preventDefault();
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
   input.value = all.pop() + input.value.slice(input.selectionEnd);
   all.forEach(say);
 };
-input.oninput = input.onblur = () => { completing = null; };
+input.oninput = input.onblur = input.onclick = () => { completing = null; };
 input.onkeydown = event => {
   const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];
   if (!event.shiftKey && to >= 0 && to <= typed.length) {
@@ -2710,19 +2698,18 @@ function complete() {  // the name before the cursor, or put the next one there;
   if (!completing) {
     const before = input.value.slice(0, input.selectionStart), any = /^\/msg $|@$/.test(before);
     const at = Math.max(before.lastIndexOf(" "), before.lastIndexOf("@")) + 1, start = before.slice(at).toLowerCase();
-    const found = sortedNames().filter(one => (start || any) && one !== name && one.toLowerCase().startsWith(start));
-    completing = { at, found, rest: input.value.slice(input.selectionStart) };
+    const fits = one => (start || any) && one !== name && one.toLowerCase().startsWith(start);
+    completing = { at, found: sortedNames().filter(fits) };
   }
-  const { at, found, rest } = completing, next = found.shift();
+  const { at, found } = completing, next = found.shift();
   if (!next) return false;
   found.push(next);
-  input.setRangeText(next + (at ? " " : ": "), at, input.value.length - rest.length, "end");
+  input.setRangeText(next + (at ? " " : ": "), at, input.selectionStart, "end");
   return true;
 }
 onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
 who.ontoggle = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
-more.onclick = () => { toEnd(); count(); input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
 setName(name); connect();
 """
@@ -2737,7 +2724,7 @@ PAGE = f"""<!DOCTYPE html>
 <header><h1>BATCHAT</h1><details hidden><summary></summary><ul></ul></details></header>
 <main tabindex="0" aria-label="Chat"><div id="lines" role="log" aria-live="polite"></div><div id="pending"></div></main>
 <footer><button id="more" type="button" hidden></button><p id="status" role="status"></p>
-<form><label class="unseen" for="line"></label>
+<form><label for="line"></label>
 <input id="line" dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus>
 <button>Join</button></form></footer>
 <script>{SCRIPT}</script>
