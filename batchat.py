@@ -2378,11 +2378,9 @@ label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path
 SCRIPT = r"""
 "use strict";
 const TEXT = TEXT_TEMPLATES;
-const PROTOCOL = 1;  // what this page speaks
+const PROTOCOL = 1, MAX_PAUSE = 30, NAME_HELD = 150;  // what we speak; seconds; a lost connection may last so long
 const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; of these kept; a line counts as SHORT
-const PAINT_EVERY = 40, PENDING_SHOWN = 20, LINKS = 10;  // milliseconds; lines; links in a line
-const MAX_PAUSE = 30, NAME_HELD = 150;  // seconds; the server may not notice a lost connection for so long
-const REMEMBERED = 1000;  // names that keep their colour, lines entered
+const PAINT_EVERY = 40, PENDING_SHOWN = 20, LINKS = 10, REMEMBERED = 1000;  // milliseconds; lines; in a line; each
 const RETRY = ["full", "crowded", "timeout", "shutdown", "name_taken"];  // after these disconnects
 const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];  // event types
 const PASSWORD = /^[^\p{L}\p{N}]*\/op(\s|$)/iu;  // a line with a password
@@ -2394,19 +2392,17 @@ const [log, lines, waiting, more, form, input, status, who, list] =
 let stored = {};  // over a reload
 try { stored = sessionStorage; } catch { /* refused */ }
 // calling: not connected;  joining: we gave the name that we had;  naming: the room waits for a name;  chatting;
-let state = "calling", socket;  // left: not connected until the user enters a name
-let name = stored.name || "", ownName;  // ours; a pattern that finds it
+// left: not connected until the user enters a name.
+let state = "calling", socket, name = stored.name || "", ownName;  // a pattern that finds our name
 let closing = "", closingShown = "", pause = 1;  // why the server disconnects, also on screen; seconds to wait
 let lostAt = 0, awaySince = 0;  // when a connection with our name was lost; when we were last in the room
 let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
 let room = "", seen = -1, maxLine = 4096;  // the server's run, its highest event id so far; bytes
-let people = new Map(), listing = 0;  // name -> operator or not; the timer that lists them
-let hues = new Map(), nextHue = 0;  // by name, the last used at its end
-let queue = [], queued = 0, painting = 0;  // events to paint, their size, the timer
+let people = new Map(), listing = 0, hues = new Map(), nextHue = 0;  // name -> operator or not; name -> hue
+let queue = [], queued = 0, painting = 0, pending = [];  // events to paint, their size; own lines, not come back
 let block, space = 0, lastDay = new Date().toDateString();  // what is filled with lines, how much fits in
-let pending = [];  // own lines that have not come back
-let following = true, sizes = "";  // the last line stays in sight; the sizes when we scrolled to it
-let below = 0, unread = 0, called = false;  // new lines out of sight; in a hidden tab; one of them is for us
+let following = true, sizes = "", below = 0;  // the end stays in sight; sizes when it came there; lines below
+let unread = 0, called = false;  // lines in a hidden tab; one of them is for us
 let typed = [], typedAt = 0, draft = "";  // lines entered; where ArrowUp is; what was there before
 let parked = "", completing = null;  // typed before a name was asked for again; the names that Tab goes through
 
@@ -2415,7 +2411,7 @@ function connect() {
   socket = new WebSocket(new URL("chat", location.href).href.replace("http", "ws"));
   [state, closing] = ["calling", ""];
   tell("");
-  socket.onmessage = message => receive(JSON.parse(message.data));
+  socket.onmessage = ({ data }) => receive(JSON.parse(data));
   socket.onclose = disconnected;
 }
 function disconnected({ code }) {
@@ -2509,9 +2505,7 @@ function resume(events) {  // after a welcome: show the history, or what of it w
   if (away) {
     const s = Math.round((Date.now() - away) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
     show({ type: "gap", text: `You were away for ${long}.${events ? "" : " Messages of that time are not shown."}` });
-  } else if (missed.length) {
-    show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
-  }
+  } else if (missed.length) show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
   for (const event of missed) { confirm(event, true); show(event, how); seen = event.id; }
   if (!away && missed.length) show({ type: "history_end" }, how);
   giveUp();
@@ -2542,8 +2536,8 @@ function listPeople() {
   if (!who.open || list.matches(":hover, :focus-within")) return;
   list.replaceChildren(...sortedNames().map(one => {
     const onclick = () => { input.value = `/msg ${one} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
-    const button = element("button", { type: "button", onclick }, people.get(one) ? "@" : "", element("bdi", {}, one));
-    return element("li", {}, button);
+    const mark = people.get(one) ? "@" : "";
+    return element("li", {}, element("button", { type: "button", onclick }, mark, element("bdi", {}, one)));
   }));
 }
 function closeList() { who.open = false; input.focus(); }
@@ -2587,17 +2581,16 @@ function paragraph(event) {
   const { type, how = "", date } = event, line = element("p", { className: `${type} ${how}`.trim() });
   line.classList.toggle("own", TALK.includes(type) && isOwn(event));
   line.classList.toggle("mention", TALK.includes(type) && isCalled(event));
-  const time = { dateTime: date?.toISOString() }, clock = date?.toTimeString().slice(0, 5);
-  if (!UNDATED.includes(type)) line.append(element("time", time, clock));
-  line.append(...templates[type].flatMap((part, at, all) => {  // an empty field takes the colon before it along
-    if (at % 2) return (fields[part] || text)(event[part]);
+  if (!UNDATED.includes(type)) {
+    line.append(element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5)));
+  }
+  line.append(...templates[type].flatMap((part, at, all) => {  // an empty field takes its colon along
+    if (at % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
-  }));
-  if (how === "unconfirmed") line.append(" (not confirmed)");
+  }), how === "unconfirmed" ? " (not confirmed)" : "");
   return line;
 }
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
-const text = value => element("bdi", {}, ...linked(String(value)));
 const fields = {  // as nodes; all others are text
   name: person, to: person, from: person, by: person,
   names: all => all.flatMap(({ name, operator, address }, at) =>
@@ -2637,10 +2630,7 @@ function withoutPunctuation(address) {  // at its end; nor brackets that it does
 }
 const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
-function toEnd() {
-  log.scrollTop = log.scrollHeight;
-  [following, sizes] = [true, sizesNow()];
-}
+function toEnd() { log.scrollTop = log.scrollHeight; [following, sizes] = [true, sizesNow()]; }
 function scrolled() { if (following && sizes !== sizesNow()) toEnd(); else following = isAtEnd(); }  // by the user
 function count() {
   if (following) below = 0;
@@ -2650,8 +2640,7 @@ function count() {
 }
 log.onscroll = () => { scrolled(); count(); };
 more.onclick = () => { toEnd(); count(); input.focus(); };
-const resized = new ResizeObserver(() => following && toEnd());
-for (const each of [log, lines, waiting]) resized.observe(each);
+for (const each of [log, lines, waiting]) new ResizeObserver(() => following && toEnd()).observe(each);
 document.onvisibilitychange = () => { if (!document.hidden) { [unread, called] = [0, false]; count(); } };
 
 // The keyboard
@@ -2722,7 +2711,7 @@ PAGE = f"""<!DOCTYPE html>
 <title>BATCHAT</title><link rel="icon" href="data:,">
 <style>{STYLE}</style>
 <header><h1>BATCHAT</h1><details hidden><summary></summary><ul></ul></details></header>
-<main tabindex="0" aria-label="Chat"><div id="lines" role="log" aria-live="polite"></div><div id="pending"></div></main>
+<main tabindex="0" aria-label="Chat"><div id="lines" role="log"></div><div id="pending"></div></main>
 <footer><button id="more" type="button" hidden></button><p id="status" role="status"></p>
 <form><label for="line"></label>
 <input id="line" dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus>

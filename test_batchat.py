@@ -582,18 +582,6 @@ class Chromium(contextlib.AbstractContextManager):
         self._ask("POST", "/url", url=f"http://localhost:{server.web_port}/")
         self.complaints()  # about what was open before
 
-    def loads(self, server: Server) -> None:
-        """Load a server's page, which knows nothing of an earlier one."""
-        self.does("if (location.protocol === 'http:') sessionStorage.clear()")
-        self._ask("POST", "/url", url=f"http://localhost:{server.web_port}/")
-        self.complaints()  # about what was open before
-
-    def loads(self, server: Server) -> None:
-        """Load a server's page, which knows nothing of an earlier one."""
-        self.does("if (location.protocol === 'http:') sessionStorage.clear()")
-        self._ask("POST", "/url", url=f"http://localhost:{server.web_port}/")
-        self.complaints()  # about what was open before
-
     def opens(self, server: Server) -> None:
         """The same, and wait until it asks for a name."""
         self.loads(server)
@@ -4408,11 +4396,9 @@ class Relay(contextlib.AbstractContextManager):
     """A TCP relay before a server's web port: it can hold what is sent, and be cut."""
 
     def __init__(self, port: int) -> None:
-        self.port = port
+        self.port, self.open, self.sockets = port, True, []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.web_port = self.listener.getsockname()[1]
-        self.sockets: list[socket.socket] = []
-        self.open = True
         self.to_server, self.to_page = threading.Event(), threading.Event()
         self.flows()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -4428,9 +4414,7 @@ class Relay(contextlib.AbstractContextManager):
     def cut(self) -> None:
         """Lose all connections with what is held, and take no new ones until `open`."""
         self.open = False
-        for each in self.sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+        hang_up(*self.sockets)
         self.flows()
 
     def _accept(self) -> None:
@@ -4453,9 +4437,13 @@ class Relay(contextlib.AbstractContextManager):
                 page = page or data.startswith(b"HTTP/1.1 200")
                 page or flows.wait()
                 sink.sendall(data)
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+        hang_up(source, sink)
+
+
+def hang_up(*sockets: socket.socket) -> None:
+    for each in sockets:
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -4874,8 +4862,9 @@ def test_page_lines_hang_in_and_no_blank_is_sent(chromium, jonny):
     chromium.types(f"{ENTER} {ENTER}hello{ENTER}")
     jonny.expect("<mike> hello\n")
     chromium.gives(f"{LAST}.textContent.endsWith('hello')")
-    style = "['textIndent', 'paddingLeft', 'overflowX', 'boxShadow'].map(key => getComputedStyle(it)[key])"
-    indent, padding, overflow, shadow = chromium.does(f"const it = find('p.said'); return {style}")
+    chromium.does("window.style = getComputedStyle(find('p.said'))")
+    keys = "textIndent paddingLeft overflowX boxShadow".split()
+    indent, padding, overflow, shadow = chromium.does(f"return {keys}.map(key => style[key])")
     assert float(padding[:-2]) > -float(indent[:-2]) > 0
     assert (overflow, shadow != "none") == ("clip", True)
 
@@ -4912,7 +4901,7 @@ def test_page_links_go_where_they_seem_to(page):
         page.receives(said(text))
         page.gives(f"{LAST}.textContent.includes({json.dumps(text)})")
         how = ["_blank", "noopener noreferrer nofollow"]
-        found = f"[...{LAST}.querySelectorAll('a')].map(a => [a.textContent, a.href, a.target, a.rel])"
+        found = f"[...{LAST}.querySelectorAll('a')].map(a => [a.text, a.href, a.target, a.rel])"
         page.gives(found, [[link, link.replace(text, real), *how]] if link else [])
         assert ("(xn--bcher-kva.example)" in page.lines()[-1]) == (real != text)
     assert page.finds("img", "src") == []
@@ -4983,10 +4972,9 @@ def test_page_notes_ones_own_new_name(chromium, jonny):
 def test_page_paste_of_many_lines_is_many_lines(chromium, jonny):
     chromium.types("say ")
     chromium.does(
-        "const clipboardData = new DataTransfer();"
+        "const clipboardData = new DataTransfer(), how = {clipboardData, cancelable: true};"
         "clipboardData.setData('text', 'one\\ntwo\\nthree');"
-        "const paste = {clipboardData, bubbles: true, cancelable: true};"
-        "document.activeElement.dispatchEvent(new ClipboardEvent('paste', paste));"
+        "input.dispatchEvent(new ClipboardEvent('paste', how));"
     )
     chromium.types("!" + ENTER)
     jonny.expect("<mike> say one\n<mike> two\n<mike> three!\n")
@@ -5015,17 +5003,11 @@ def test_page_arrows_go_through_what_was_entered(page):
 def test_page_tab_completes_names(page):
     """At the start of a line, in it, after @ and after /msg; else it moves on."""
     page.receives(joined("jonny"), joined("Joe"))
-    for typed, value in (
-        (f"jon{TAB}", "jonny: "),
-        (f"jo{TAB}{TAB}", "jonny: "),
-        (f"ask Jo{TAB}", "ask Joe "),
-        (f"ask @jo{TAB}", "ask @Joe "),
-        (f"@jon{TAB}", "@jonny "),
-        (f"/msg jon{TAB}", "/msg jonny "),
-        (f"/msg {TAB}", "/msg Joe "),
-    ):
+    start = {"jon": "jonny: ", f"jo{TAB}": "jonny: ", "ask Jo": "ask Joe ", "ask @jo": "ask @Joe "}
+    rest = {"@jon": "@jonny ", "/msg jon": "/msg jonny ", "/msg ": "/msg Joe "}
+    for typed, value in {**start, **rest}.items():
         page.does("input.value = ''; completing = null")
-        page.types(typed)
+        page.types(typed + TAB)
         page.gives("input.value", value)
     page.types(f"nobody{TAB}")
     page.gives("document.activeElement !== input")
@@ -5040,32 +5022,35 @@ def test_page_escape_closes_the_list(page):
 # Colours
 
 
-def luminance(colour: list[float]) -> float:
-    """WCAG 2.2, relative luminance."""
-    parts = [each / 255 for each in colour]
-    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-SHOW_ALL_COLOURS = """
-socket.send = () => {}; say('pending'); below = 2; following = false; who.open = true; tell('a status');
-show({type: 'said', name: 'ann', text: 'mike'}, 'past'); show({type: 'gap', text: 'away'});
-show({type: 'said', name: 'mike', text: 'lost'}, 'unconfirmed');
-for (let hue = 0; hue < 360; hue += 15) for (const className of ['said', 'said own', 'said mention']) {
-  block.append(element('p', {className}, element('bdi', {className: 'name', style: `--hue: ${hue}`}, 'ann')));
-}"""
 ALL_COLOURS = """
-const canvas = new OffscreenCanvas(1, 1).getContext('2d'), all = document.body.querySelectorAll('*');
+socket.send = () => {}; say('pending'); below = 2; following = false; who.open = true;
+show({type: 'said', name: 'ann', text: 'mike'}, 'past'); tell('a status');
+show({type: 'said', name: 'mike', text: 'lost'}, 'unconfirmed'); show({type: 'gap', text: 'away'});
+while (queue.length) paint();
+for (let hue = 0; hue < 360; hue += 15) for (const className of ['said', 'own', 'mention']) {
+  const name = element('bdi', {className: 'name', style: `--hue: ${hue}`}, 'ann');
+  block.append(element('p', {className}, name));
+}
+const canvas = new OffscreenCanvas(1, 1).getContext('2d');
 const rgba = colour => {
   canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
   return [...canvas.getImageData(0, 0, 1, 1).data];
 };
-const style = (it, part) => getComputedStyle(it, part), clear = 'rgba(0, 0, 0, 0)';
-const paper = it => style(it).backgroundColor === clear ? paper(it.parentElement) : style(it).backgroundColor;
-const texts = [...all].filter(it => it.tagName !== 'SCRIPT'
+const luminance = colour => rgba(colour).slice(0, 3)  // WCAG 2.2
+  .map(c => c / 255 <= .04045 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, at) => sum + c * [.2126, .7152, .0722][at], .05);
+const paperOf = it => {
+  const colour = getComputedStyle(it).backgroundColor;
+  return colour === 'rgba(0, 0, 0, 0)' ? paperOf(it.parentElement) : colour;
+};
+const texts = [...document.body.querySelectorAll('*')].filter(it => it.tagName !== 'SCRIPT'
   && [...it.childNodes].some(node => node.nodeType === 3 && node.data.trim()));
-return [...texts.map(it => [it, '']), [input, '::placeholder']].map(([it, part]) => [
-  it.outerHTML + part, style(it, part).opacity, rgba(style(it, part).color), rgba(paper(it))]);"""
+return [...texts.map(it => [it, '']), [input, '::placeholder']].map(([it, part]) => {
+  const { color, opacity } = getComputedStyle(it, part), paper = paperOf(it);
+  const [low, high] = [luminance(color), luminance(paper)].sort((a, b) => a - b);
+  const opaque = opacity === '1' && rgba(color)[3] === 255 && rgba(paper)[3] === 255;
+  return [it.outerHTML + part, opaque ? high / low : 0];
+});"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -5076,14 +5061,8 @@ def test_page_texts_have_contrast(page, scheme):
     page.receives(said("hi mike"), said("mine", "mike"), said("waves", type="did"))
     page.receives(whisper("ann", "mike"), whisper("mike", "ann"))
     page.receives({"type": "notice", "text": "a notice"}, {"type": "error", "text": "an error"})
-    page.does(SHOW_ALL_COLOURS)
-    page.shows("away")
     found = page.does(ALL_COLOURS)
-    assert len(found) > 90
-    for what, opacity, (*colour, alpha), (*paper, solid) in found:
-        assert (opacity, alpha, solid) == ("1", 255, 255), what
-        low, high = sorted([luminance(colour), luminance(paper)])
-        assert (high + 0.05) / (low + 0.05) >= 4.5, what
+    assert len(found) > 90 and not [each for each in found if each[1] < 4.5]
     page.emulates("Emulation.setEmulatedMedia", features=[])
 
 
@@ -5111,8 +5090,8 @@ FLOOD = "for (let n = 0; n < %d; n += 1) receive({...%s, text: `${n} ` + 'x'.rep
 @pytest.mark.parametrize(("count", "length"), [(12000, 5), (1000, 4000)])
 def test_page_keeps_the_last_lines(page, count, length):
     """Lines that arrive together are painted together; the log and the queue are bounded."""
-    script = FLOOD % (count, json.dumps(said()), length) + f"return [{LAST}.className, queue.length, queued]"
-    last, waiting, queued = page.does(script)
+    bounded = f"return [{LAST}.className, queue.length, queued]"
+    last, waiting, queued = page.does(FLOOD % (count, json.dumps(said()), length) + bounded)
     assert last != "said" and waiting <= 5000 and queued <= 500_000
     page.gives(f"queue.length === 0 && {LAST}.textContent.includes('<ann> {count - 1} ')")
     kept, size = page.does("return [lines.querySelectorAll('p').length, lines.textContent.length]")
@@ -5145,9 +5124,9 @@ def test_page_is_quick_with_every_line(page):
     for shape in [*shapes, "https://x.y/" + "(" * 4000 + ")." * 40]:
         took = page.does(
             f"const event = {{...{json.dumps(said(shape))}, date: new Date()}}, start = Date.now();"
-            "for (let n = 0; n < 100; n += 1) {"
-            "  paragraph(event); isCalled(event); pendingOf(event.text); PASSWORD.test(event.text); }"
-            "input.value = event.text; complete(); return Date.now() - start;"
+            "input.value = event.text; complete(); for (let n = 0; n < 100; n += 1) {"
+            "paragraph(event); isCalled(event); pendingOf(event.text); PASSWORD.test(event.text); }"
+            "return Date.now() - start;"
         )
         assert took < 2000, shape[:20]
 
