@@ -759,7 +759,6 @@ class Limiter:
             quota.departing[person] = None
 
     def disconnect(self, person: Person) -> None:
-        """Forget a connection."""
         for quota in (self.everyone, person.address):
             self._uncount(person, quota)
 
@@ -817,7 +816,7 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 
 class Person:
-    """What the chat knows about somebody who is connected."""
+    """Somebody who is connected, as the chat knows them."""
     __slots__ = ("address", "bucket", "hinted", "name", "operator", "origin", "outbox", "protocol",
                  "rejected", "state", "state_since", "tries", "turn_at")
 
@@ -969,7 +968,7 @@ class Chat:
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show everyone in the room an event; what people say is hidden from who ignores them."""
+        """Show an event to everyone in the room, but what people say not to those who ignore them."""
         self._last_id += 1
         event = {"type": kind, "id": self._last_id, "at": self.at, "name": person.name, **fields}
         for log in self.logs.values():
@@ -986,11 +985,9 @@ class Chat:
                 each.outbox.exclude_newest()
 
     def send(self, person: Person, kind: str, **fields: Any) -> None:
-        """Show an event to one person."""
         self.send_raw(person, person.protocol.encode({"type": kind, **fields}))
 
     def send_raw(self, person: Person, data: bytes) -> None:
-        """Send bytes to one person."""
         person.outbox.insert(data)
         self.changed[person] = None
 
@@ -1002,14 +999,14 @@ class Chat:
 
     # Joining and leaving
     def greet(self, person: Person) -> None:
-        """Show a caller the welcome text and the prompt, or why they may not join."""
+        """Greet a caller and ask for a name, or say why they may not join."""
         if not self._reject(person):
             fields = {"banner": BANNER, "text": self.settings.welcome, "room": self.room}
             self.send(person, "greeting", protocol=EVENTS_VERSION, **fields, max_line=LINE_LIMIT)
             self.send(person, "prompt", text=PROMPT)
 
     def _reject(self, person: Person) -> bool:
-        """Disconnect a caller who may not join; returns whether that was so."""
+        """Disconnect a caller if they may not join; returns whether that was so."""
         ban = self._ban_text(person)
         if ban:
             person.rejected = "banned"
@@ -1112,7 +1109,7 @@ class Chat:
             self.send(person, "error", code=error.code, text=str(error))
 
     def _take_request(self, person: Person) -> None:
-        """A browser has asked for something; a proxy may have told who it is."""
+        """A browser has asked for something; a proxy may have told whose it is."""
         caller = person.protocol.caller
         if caller:
             person.origin = f"{caller} through {person.origin}"
@@ -1150,7 +1147,6 @@ class Chat:
 
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
-        """Run what a line with a slash asks for; raises CommandError."""
         name, rest = [*line.split(None, 1), ""][:2]
         found = COMMANDS.get(name.lower())
         is_op = found is COMMANDS["/op"] and self.settings.password  # anyone may try it
@@ -1238,7 +1234,6 @@ class Chat:
         self._remove(self._find(name), person, why)
 
     def _remove(self, other: Person, person: Person, why: str) -> None:
-        """Disconnect somebody as an operator wishes; everyone reads why."""
         if other is person:
             raise CommandError("You can't kick yourself; /quit leaves.")
         fields = {"by": person.name, "text": why}
@@ -1332,7 +1327,6 @@ class Connection(Person):
 
     @property
     def deadline(self) -> float:
-        """When the time in this state is over."""
         if self.state is CLOSING:
             return self.state_since + (REJECTED_SECONDS if self.rejected else CLOSING_SECONDS)
         if self.outbox.write_closed:
@@ -1428,7 +1422,6 @@ class Reactor:
             log.trim(min([log.offered, *cursors]))
 
     def _timeout(self) -> float:
-        """How long the selector may wait, in seconds."""
         if self.chat.changed or any(log.offered < log.end for log in self.chat.logs.values()):
             return 0
         until = min([self.tick_at, self.ends_at, *map(self._ready_at, self.ready)])
@@ -1444,7 +1437,7 @@ class Reactor:
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
 
     def _on_io(self, connection: Connection, events: int) -> None:
-        """Do what the selector says is possible: read, or try to send again."""
+        """Read, or try to send again."""
         if connection in self.connections:  # it may have been dropped in this iteration
             self.chat.changed[connection] = None
             if events & WRITE:
@@ -1493,7 +1486,7 @@ class Reactor:
         """Pause the room while anybody lags too far behind; drop them when the budget is spent."""
         while True:
             for connection in self._lagging():
-                # Try to send now: the selector reports space only when there is much of it.
+                # Send now: the selector reports space only when there is much of it.
                 del self.blocked[connection]
                 self._guard(self._reconcile, connection)
             lagging = self._lagging()
@@ -1532,7 +1525,7 @@ class Reactor:
 
     # Listeners
     def _register_listeners(self) -> None:
-        """Have the selector report callers, unless it does so already."""
+        """Have the selector report callers."""
         for listener in self.listeners if self.ends_at == NEVER else ():
             if listener not in self.selector.get_map():
                 try:
@@ -1546,7 +1539,7 @@ class Reactor:
             self.selector.unregister(listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept those who are calling, unless the server was stopped in this iteration."""
+        """Accept callers, unless the server was stopped in this iteration."""
         for _ in range(ACCEPT_BATCH if self.ends_at == NEVER else 0):
             try:
                 sock, address = listener.accept()
@@ -1566,7 +1559,6 @@ class Reactor:
                 self._guard(self._admit, connection)
 
     def _admit(self, connection: Connection) -> None:
-        """Make a new connection ready, and greet the caller."""
         sock, protocol = connection.sock, connection.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
@@ -1637,8 +1629,8 @@ class Reactor:
         """Process one step of a person's input, so that nobody else waits for long.
 
         A step feeds the protocol what one token buys (without --rate, one read), and handles the
-        lines in it.  It stops where the person must wait, which any line may cause.  They stay
-        in the ready queue until everything that was read is processed.
+        lines in it.  It stops where any of them has the person wait.  They stay in the ready
+        queue until all that was read is processed.
         """
         protocol = connection.protocol
         step = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
@@ -1687,14 +1679,13 @@ class Reactor:
                 if connection.ended:
                     self._close(connection)
                     return
-                # Closing before the peer's end could discard unread input, which makes it a
-                # reset, and the peer would lose the last lines (RFC 1122, section 4.2.2.13).
+                # Closing with input unread is a reset, and the peer would lose the last lines
+                # (RFC 1122, section 4.2.2.13).
                 self._shutdown(connection, socket.SHUT_WR)
         reads = not connection.ended and len(connection.read_buffer) < READ_AHEAD
         self._ask_selector(connection, READ * reads | WRITE * (connection in self.blocked))
 
     def _flush(self, connection: Connection) -> None:
-        """Send everything pending, as far as the socket takes it."""
         with connection.outbox.unsent() as unsent:
             try:
                 sent = connection.sock.send(unsent) if unsent else 0
@@ -1734,7 +1725,6 @@ class Reactor:
                 raise
 
     def _ask_selector(self, connection: Connection, events: int) -> None:
-        """Have the selector report just these events."""
         before, sock = connection.events, connection.sock
         if events == before:
             return
@@ -1758,7 +1748,6 @@ class Reactor:
             self._close(connection)
 
     def _close(self, connection: Connection) -> None:
-        """Close a socket and forget its connection."""
         for kept in (self.connections, self.ready, self.blocked):
             kept.pop(connection, None)
         self.chat.changed.pop(connection, None)
@@ -1791,7 +1780,7 @@ def one_line(text: str) -> str:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of the command line; exits with status 2 if they are wrong."""
+    """The options; exits with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="batchat.py",
         description="A chat room for telnet and browsers.",
@@ -1877,7 +1866,7 @@ def open_listeners(options: argparse.Namespace) -> dict[socket.socket, type[Prot
 
 
 def opening_lines(host: str | None, listeners: Iterable[socket.socket]) -> str:
-    """Where the server listens, and how to join from here and from another machine."""
+    """Where the server listens, and how to join."""
     ports = [each.getsockname()[1] for each in listeners]
     kinds = "IPv4 and IPv6" if socket.has_dualstack_ipv6() else "IPv4"
     name = host or "localhost"
@@ -1931,7 +1920,7 @@ class NonBlockingHandler(logging.Handler):
 
 
 def start_logging(level: int) -> None:
-    """Log to standard error, with the time, which systemd's journal adds itself."""
+    """Log to standard error, with the time unless systemd's journal adds it."""
     if sys.stderr is None:
         logger.addHandler(logging.NullHandler())  # its descriptor may be any socket's now
         return
@@ -2030,7 +2019,7 @@ class HTTPError(Exception):
 
 
 def respond(status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
-    """A whole response, after which the connection is closed (RFC 9110)."""
+    """A response, after which the connection is closed (RFC 9110)."""
     data = body.encode()
     head = [
         f"HTTP/1.1 {status.value} {status.phrase}",
@@ -2267,7 +2256,7 @@ class Web(Protocol):
         self.replies += response[:body_at] if self._data.startswith(b"HEAD ") else response
 
     def _end(self, code: int) -> bytes:
-        """Parse nothing more; returns the close frame that says why."""
+        """Parse nothing more; returns the close frame."""
         self._state = NOTHING
         return frame(CLOSE, struct.pack("!H", code))
 
