@@ -2489,14 +2489,16 @@ function tell(text) {
   find("form button").textContent = name ? "Send" : "Join";
 }
 function resume(events) {  // after a welcome: show the history, or what of it we missed; null where there is none
-  const missed = (events || []).filter(event => event.id > seen), away = awaySince, how = away ? "" : "past";
-  [arriving, awaySince] = [false, 0];
-  if (away) {
-    const s = Math.round((Date.now() - away) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
+  const missed = (events || []).filter(event => event.id > seen), how = awaySince ? "" : "past";
+  if (awaySince) {
+    const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
     show({ type: "gap", text: `You were away for ${long}.${events ? "" : " Messages of that time are not shown."}` });
-  } else if (missed.length) show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
+  } else if (missed.length) {
+    show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
+  }
   for (const event of missed) { confirm(event, true); show(event, how); seen = event.id; }
-  if (!away && missed.length) show({ type: "history_end" }, how);
+  if (how && missed.length) show({ type: "history_end" }, how);
+  [arriving, awaySince] = [false, 0];
   giveUp();
 }
 
@@ -2515,8 +2517,8 @@ function confirm(event, past) {  // the first with that text; of the room, the o
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
 // The people
+const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
 function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listSoon(); }
-function sortedNames() { return [...people.keys()].sort(new Intl.Collator().compare); }
 function listSoon() { listing ||= setTimeout(listPeople, 100); }
 function listPeople() {
   listing = 0;
@@ -2680,10 +2682,8 @@ function complete() {  // the name before the cursor, or put the next one there;
     completing = { at, found: sortedNames().filter(fits) };
   }
   const { at, found } = completing, next = found.shift();
-  if (!next) return false;
-  found.push(next);
-  input.setRangeText(next + (at ? " " : ": "), at, input.selectionStart, "end");
-  return true;
+  if (next) input.setRangeText(next + (at ? " " : ": "), at, input.selectionStart, "end");
+  return next && found.push(next);
 }
 onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
 who.ontoggle = listPeople;
