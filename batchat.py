@@ -170,6 +170,7 @@ LOST_SECONDS = 120.0  # for saying what somebody had sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
+PACE_SECONDS = 0.02  # between two looks at those who wait for tokens
 
 # Backpressure
 WINDOW = 1 << 20  # bytes: no log grows beyond it by more than one event
@@ -480,7 +481,7 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # RFC 860
 
-ARE_YOU_THERE = b"\xf6"
+ARE_YOU_THERE, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Commands of one byte that stand for a key: the key, and the byte that telnet took for it.
 # Without BINARY, the common telnets look for their keys in every byte after taking off its
@@ -542,7 +543,7 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
             if UNFINISHED.search(text[-3:]):
                 text += byte
             elif simple == ARE_YOU_THERE:
-                answers.append(Telnet.encode({"type": "notice", "text": "BATCHAT is here."}))
+                answers.append(HERE)
             else:
                 text += key
     return bytes(text[len(before) :]) + data[at:], rest, b"".join(answers)
@@ -668,7 +669,7 @@ class Quota:
         self.departing: dict[Person, None] = {}
 
     @property
-    def room(self) -> int:
+    def free(self) -> int:
         """How many more may come; below 0, how many are too many."""
         return self.limit - self.connections + len(self.departing)
 
@@ -741,12 +742,12 @@ class Limiter:
             self.addresses[name] = Address(name, limit, rate * ADDRESS_SHARE)
         person.address = self.addresses[name]
         self._count(person, person.address, "crowded")
-        if person.rejected:
+        if person.rejected or person.outbox.write_closed:
             self.depart(person)
 
     def _count(self, person: Person, quota: Quota, code: str) -> None:
         quota.connections += 1
-        if quota.limit and quota.room < 0:
+        if quota.limit and quota.free < 0:
             person.rejected = person.rejected or code
 
     def _uncount(self, person: Person, quota: Quota) -> None:
@@ -765,8 +766,8 @@ class Limiter:
     def surplus(self, person: Person) -> Person | None:
         """A connection that must go, because too many like this one are departing."""
         for quota in (self.everyone, person.address):
-            if quota.limit and len(quota.departing) > max(quota.spare, quota.room):
-                return min(quota.departing, key=lambda each: each.needs_more)
+            if quota.limit and len(quota.departing) > max(quota.spare, quota.free):
+                return min(quota.departing, key=lambda each: each.is_unfinished)
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
@@ -812,13 +813,15 @@ class Limiter:
 #                dropped or kicked                     CLOSING; the others read of it
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
+#
+# After a reset nothing more can be sent, but what was sent before is still said.
 AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 
 class Person:
     """Somebody who is connected, as the chat knows them."""
     __slots__ = ("address", "bucket", "hinted", "name", "operator", "origin", "outbox", "protocol",
-                 "rejected", "state", "state_since", "tries", "turn_at")
+                 "rejected", "state", "timer_start", "tries", "turn_at")
 
     address: Address  # set by Limiter.connect
 
@@ -828,7 +831,7 @@ class Person:
         self.protocol = log.protocol()
         self.outbox = Outbox(log)
         self.state = AWAITING_NAME
-        self.state_since = now  # when they connected, were lost, or began to close
+        self.timer_start = now  # when they connected, were lost, or began to close
         self.rejected = ""  # the code of the reason why they may not join
         self.name = ""
         self.tries = 0  # names that were refused; when chatting, passwords
@@ -837,7 +840,7 @@ class Person:
         self.turn_at = 0.0  # when they have used up their share of what their address may spend
 
     @property
-    def needs_more(self) -> bool:
+    def is_unfinished(self) -> bool:
         """Whether anything must be done before the connection can be closed."""
         return self.state is not CLOSING or self.outbox.has_pending
 
@@ -889,7 +892,8 @@ class CommandError(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-PASSWORD_LINE = re.compile(r"\W*(/op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)  # never said
+# "/op" with a slash of any kind, whatever stands before it: such a line is never said.
+PASSWORD_LINE = re.compile(r"[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
@@ -1071,7 +1075,7 @@ class Chat:
         else:
             logger.debug("%s left before joining: %s", person.origin, reason)
         person.state = CLOSING
-        person.state_since = self.limiter.now
+        person.timer_start = self.limiter.now
         self.limiter.depart(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=text or CLOSING_TEXT[code])
@@ -1087,7 +1091,7 @@ class Chat:
 
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
-        """Do what a line or signal means in this person's state; see State."""
+        """Do what a line or signal means in this person's state (see the table above)."""
         if message or not person.outbox.write_closed:  # a lost connection's blank lines are free
             self.limiter.charge(person, LINE_TOKENS)
         try:
@@ -1120,9 +1124,9 @@ class Chat:
         if isinstance(line, int):
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise CommandError(text, "too_long")
-        password = PASSWORD_LINE.match(line) if "/" in line else None
+        password = None if line[:1].isalnum() else PASSWORD_LINE.match(line)
         if password:
-            self._run_command(person, password[1])
+            self._run_command(person, f"/{password[1]}")
         elif line[:1] == "/":
             self._run_command(person, f"// {line[1:]}" if line[:2] == "//" else line)
         elif line.strip():
@@ -1149,8 +1153,8 @@ class Chat:
     def _run_command(self, person: Person, line: str) -> None:
         name, rest = [*line.split(None, 1), ""][:2]
         found = COMMANDS.get(name.lower())
-        is_op = found is COMMANDS["/op"] and self.settings.password  # anyone may try it
-        if not found or (found.operators and not person.operator and not is_op):
+        try_op = found is COMMANDS["/op"] and self.settings.password  # which anyone may
+        if not found or (found.operators and not person.operator and not try_op):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
@@ -1168,7 +1172,9 @@ class Chat:
     def _who(self, person: Person) -> None:
         people = [self.people[key] for key in sorted(self.people)]
         rows = [{"name": each.name, "operator": each.operator} for each in people]
-        self.send(person, "people", people=rows)
+        data = person.protocol.encode({"type": "people", "people": rows})
+        self.limiter.charge(person, len(data) / READ_SIZE)
+        self.send_raw(person, data)
 
     @command("/me ACTION", "say what you do: /me waves")
     def _me(self, person: Person, text: str) -> None:
@@ -1219,7 +1225,7 @@ class Chat:
         from hmac import compare_digest  # here, because it takes 4 MB that few need
 
         if compare_digest(password.encode(), self.settings.password.encode()):
-            person.operator = True
+            person.operator, person.tries = True, 0
             logger.info("%s is an operator (%s)", person.name, person.origin)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
@@ -1241,7 +1247,8 @@ class Chat:
         self.disconnect(other, f"kicked by {person.name}, {person.origin}", "kicked", text, fields)
 
     @command(
-        *("/ban NAME [MINUTES]", "remove somebody, and refuse their address for a while"),
+        "/ban NAME [MINUTES]",
+        "remove somebody, and refuse their address for a while",
         operators=True,
     )
     def _ban(self, person: Person, name: str, given: str = "") -> None:
@@ -1259,21 +1266,22 @@ class Chat:
         self._remove(other, person, "" if address.is_local else f"banned for {minutes} min")
         self.history.forget(other.source)
         if address.is_local:
-            raise CommandError(
-                f"{other.name} is out, but came from localhost, which is never banned."
-            )
+            text = f"{other.name} is out, but came from localhost, which is never banned."
+            self.send(person, "notice", text=text)
+            return
         self.limiter.ban(address, minutes, person.name)
         logger.info("%s banned %s for %d min", person.name, address.name, minutes)
         here = sum(each.address is address for each in self.people.values())
-        text = f"{address.name} is banned for {minutes} min; from there are still here: {here}."
+        text = f"{address.name} is banned for {minutes} min; others from there are here: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
-        for address, minutes in self.limiter.bans().items():
+        bans = self.limiter.bans()
+        for address, minutes in bans.items():
             text = f"{address.name} is banned for another {minutes} min, by {address.banned_by}."
             self.send(person, "notice", text=text)
-        if not self.limiter.bans():
+        if not bans:
             self.send(person, "notice", text="No address is banned.")
 
     @command("/unban ADDRESS", "end a ban", operators=True)
@@ -1328,12 +1336,12 @@ class Connection(Person):
     @property
     def deadline(self) -> float:
         if self.state is CLOSING:
-            return self.state_since + (REJECTED_SECONDS if self.rejected else CLOSING_SECONDS)
+            return self.timer_start + (REJECTED_SECONDS if self.rejected else CLOSING_SECONDS)
         if self.outbox.write_closed:
-            return self.state_since + LOST_SECONDS
+            return self.timer_start + LOST_SECONDS
         if self.state is CHATTING:
             return NEVER
-        return self.state_since + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
+        return self.timer_start + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
 
 
 class Reactor:
@@ -1424,7 +1432,10 @@ class Reactor:
     def _timeout(self) -> float:
         if self.chat.changed or any(log.offered < log.end for log in self.chat.logs.values()):
             return 0
-        until = min([self.tick_at, self.ends_at, *map(self._ready_at, self.ready)])
+        until = min(map(self._ready_at, self.ready), default=NEVER)
+        if until > self.now:
+            until = max(until, self.now + PACE_SECONDS)
+        until = min(until, self.tick_at, self.ends_at)
         if self.paused:
             until = min(until, self.now + POLL_SECONDS)
         return max(0, until - self.clock())
@@ -1453,10 +1464,10 @@ class Reactor:
                 return
             if connection not in self.ready:
                 continue  # it was dropped in this iteration
-            if self._ready_at(connection) <= self.now:
+            may_proceed = self._ready_at(connection) <= self.now
+            if may_proceed:
                 self.ready[connection] = self.ready.pop(connection)  # behind the others
-                self._guard(self._process_input, connection)
-            elif connection.unscanned:  # they may have pressed Ctrl-C
+            if may_proceed or connection.unscanned:  # which may hold Ctrl-C
                 self._guard(self._process_input, connection)
 
     def _broadcast(self, log: Log) -> None:
@@ -1579,7 +1590,7 @@ class Reactor:
             surplus = cast("Connection | None", self.limiter.surplus(connection))
             if not surplus:
                 return
-            if surplus.needs_more:
+            if surplus.is_unfinished:
                 self._drop(surplus, "too many connections")
             else:
                 self._close(surplus)
@@ -1595,8 +1606,8 @@ class Reactor:
         except OSError as error:
             why = error.strerror or "lost"
         except Exception:
-            logger.exception("an error of ours, with %s", connection.origin)
-            why = "an error of ours"
+            logger.exception("an internal error, with %s", connection.origin)
+            why = "an internal error"
         self._drop(connection, why)  # only here, where no traceback keeps a view of the log
 
     def _ready_at(self, connection: Connection) -> float:
@@ -1637,6 +1648,8 @@ class Reactor:
         self.chat.changed[connection] = None
         while connection.state is not CLOSING:
             if self._ready_at(connection) > self.now:
+                if connection.state is AWAITING_NAME:
+                    return  # there is nothing of theirs that waits to be said
                 new = min(connection.unscanned, len(connection.read_buffer))
                 connection.unscanned = 0
                 if not protocol.take_interrupt(connection.read_buffer, new):
@@ -1712,7 +1725,7 @@ class Reactor:
             level = logging.INFO if connection.state is CHATTING else logging.DEBUG
             logger.log(level, "%s was lost: %s", connection.origin, error.strerror)
             if connection.state is not CLOSING:
-                connection.state_since = self.now
+                connection.timer_start = self.now
             connection.outbox.close_writes()
             self.limiter.depart(connection)
             self._shutdown(connection, socket.SHUT_RDWR)
@@ -1820,7 +1833,7 @@ def read_password(path: str) -> str:
     try:
         password = clean(line.decode("utf-8-sig")).strip()
     except UnicodeDecodeError:
-        raise ValueError("that is no UTF-8") from None
+        raise ValueError("it is not UTF-8") from None
     if not password:
         raise ValueError("its first line is empty")
     return password
@@ -2372,7 +2385,7 @@ const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; o
 const PAINT_EVERY = 40, PENDING_SHOWN = 20, LINKS = 10, REMEMBERED = 1000;  // milliseconds; lines; in a line; each
 const RETRY = ["full", "crowded", "timeout", "shutdown", "name_taken"];  // after these disconnects
 const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];  // event types
-const PASSWORD = /^[^\p{L}\p{N}]*\/op(\s|$)/iu;  // a line with a password
+const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
 const templates = { ...TEXT, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
 for (const type in templates) templates[type] = templates[type].split(/\{(\w+)\}/);  // words, field, words, ...
 const find = selector => document.querySelector(selector);

@@ -450,14 +450,11 @@ class Server(contextlib.AbstractContextManager):
         return self.process.returncode, log
 
 
-class Line:
+class Line(contextlib.AbstractContextManager):
     """A plain blocking socket, whose every byte is accounted for."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-
-    def __enter__(self) -> Line:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.sock.close()
@@ -868,7 +865,7 @@ class Peer:
         return {
             os.strerror(self.broken): sock.error_seen,
             os.strerror(sock.failed): sock.failed > 0,
-            "an error of ours": sock.failed == OURS,
+            "an internal error": sock.failed == OURS,
             "lost": over and sock.error_seen,
             "no name in time": over and not sock.error_seen,
             "full": self.rejected or 0 < people <= len(world.inside),
@@ -1651,7 +1648,7 @@ def no_error_of_ours(**limits):
     """While the server may log no error of its own but OurError, and has these limits."""
 
     def exception(*_: object) -> None:
-        assert isinstance(sys.exc_info()[1], OurError), "an error of ours"
+        assert isinstance(sys.exc_info()[1], OurError), "an internal error"
 
     ours = mock.Mock(exception=mock.Mock(side_effect=exception))
     date = mock.Mock(return_value="Tue, 15 Nov 1994 08:12:31 GMT")
@@ -2220,7 +2217,7 @@ def test_soft_descriptor_limit_is_raised():
 
 CANT_LISTEN, USAGE = r"batchat: can't listen on .*\n", r"usage: batchat\.py(?s:.*)error: .*\n"
 BAD_OPTIONS = ["--port 65536", "--port x", "--rate -1", "--rate 1000001", "--max-people -5"]
-BAD_FILES = [("absent", "No such file or directory"), ("latin-1", "that is no UTF-8")]
+BAD_FILES = [("absent", "No such file or directory"), ("latin-1", "it is not UTF-8")]
 BAD_FILES += [(name, "its first line is empty") for name in ("empty", "blank", "bom")]
 
 
@@ -2504,7 +2501,7 @@ def test_ban_refuses_an_address_for_its_time(kept, ann):
     mike.expect("* You were kicked by ann: banned for 5 min\n")
     kicked = "* mike was kicked by ann: banned for 5 min\n"
     eve.expect(kicked)
-    ann.expect(f"{kicked}* 2001:db8::/64 is banned for 5 min; from there are still here: 1.\n")
+    ann.expect(f"{kicked}* 2001:db8::/64 is banned for 5 min; others from there are here: 1.\n")
     waiting.types("troll")
     for seconds, more in [(0, "5 more minutes"), (239, "2 more minutes"), (60, "1 more minute")]:
         kept.wait(seconds)
@@ -3611,7 +3608,7 @@ def test_failed_call_costs_one_connection(world, call, error):
     assert world.reached[f"{call} fails"] == 1 or call in ("unregister", "getsockopt")
     assert mike.sock.closed and ann.is_here
     if call in ("recv", "modify", "register", "setblocking", "setsockopt"):
-        why = "an error of ours" if error == OURS else os.strerror(error)
+        why = "an internal error" if error == OURS else os.strerror(error)
         assert why in str(batchat.logger.method_calls)
         assert batchat.logger.exception.called == (error == OURS)
 
