@@ -272,11 +272,10 @@ class Outbox:
 
     A splice `(at, exclude, private)` says: at offset `at` of the log, insert the bytes `private`
     (a reply to this person), then leave out the next `exclude` bytes (their own line).  Splices
-    are in order.  Short ones that touch are merged; long private bytes are not copied, because
-    several people may share them.
+    are in order.  Short ones that touch are merged; long private bytes may be shared, and are
+    not copied.
 
-    A person outside the room reads no log.  Their cursor is FOREVER, past the end of every log,
-    so that only private bytes are ever pending.
+    A person outside the room reads no log: their cursor is FOREVER, past the end of any.
     """
     __slots__ = ("cursor", "log", "private_bytes", "splices", "write_closed")
 
@@ -357,18 +356,18 @@ class Outbox:
             return memoryview(b"".join(pieces))
 
     def advance(self, sent: int) -> None:
-        """Take note that `sent` bytes of `unsent` were sent.
+        """Record that `sent` bytes of `unsent` were sent.
 
         `unsent` is a row of pieces: log up to a splice, its private bytes, log up to the next
-        splice, and so on.  Pieces that were sent whole are passed over.  Of a splice that was
-        sent in part, the rest of its private bytes stays, now at the cursor.
+        splice, and so on.  Of a splice that was sent in part, the rest of its private bytes stays,
+        now at the cursor.
         """
         done = 0
         for at, exclude, private in self.splices:
             if sent < at - self.cursor:
                 break  # within a piece of the log
             sent -= at - self.cursor
-            self.cursor = at + exclude  # the excluded bytes need not be kept for this person
+            self.cursor = at + exclude  # for this person these bytes need not be kept
             taken = min(sent, len(private))
             self.private_bytes -= taken
             sent -= taken
@@ -441,14 +440,14 @@ ESCAPE = re.compile(
       | \x1b [^\x1b]?  # any other character after ESC""",
     re.VERBOSE | re.DOTALL,
 )
-# Control characters, line separators, and bidirectional embeddings, overrides and isolates
-# (Unicode UAX #9, 2.1 to 2.5).  BS, DEL and Ctrl-U are not here: `clean` carries them out.
+# Control characters, line separators, and what turns the direction of text around (Unicode
+# UAX #9, 2.1 to 2.5).  BS, DEL and Ctrl-U are not here: `clean` carries them out.
 FORBIDDEN = re.compile("[\0-\x07\x0a-\x14\x16-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 ERASE = re.compile("[\b\x7f\x15]")
 
 
 def clean(text: str) -> str:
-    """`text` as it may stand on anybody's screen, with its erasures carried out."""
+    """`text` as it may stand on a screen, with its erasures carried out."""
     if text.isprintable():  # nearly always, and never with a forbidden character
         return text
     # A TAB becomes a space, because terminals do not wrap at a TAB.
@@ -483,9 +482,9 @@ DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # R
 
 ARE_YOU_THERE, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
-# Commands of one byte that stand for a key: the key, and the byte that telnet took for it.
-# Without BINARY, the common telnets look for their keys in every byte after taking off its
-# eighth bit.  So inside a UTF-8 character a command is the byte that it was made of.
+# Commands that stand for a key: the key, and the byte that telnet may have taken for it.  Without
+# BINARY the common telnets look for their keys in every byte without its eighth bit.  So inside
+# of a UTF-8 character a command is the byte that it was made of.
 KEYS = {
     b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184)
     b"\xed": (b"", b"\x9a"),  # SUSP (RFC 1184): Ctrl-Z
@@ -552,15 +551,15 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
 class Telnet(Protocol):
     """Telnet (RFC 854): lines of text, and commands among them.
 
-    A client that has shown that it speaks telnet is asked once for BINARY.  All others are
-    sent plain UTF-8 only.  It keeps what it was fed and one unfinished line.
+    A client that has shown that it is a telnet is asked once for BINARY; others are sent plain
+    UTF-8 only.
     """
     __slots__ = ("_after_cr", "_ahead", "_asked", "_at", "_key", "_parsed", "_skipping", "_text")
 
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        # Where `split_commands` stands: the last bytes of text, and an incomplete command.
+        # Where `split_commands` stands: last bytes of text, incomplete command
         self._parsed = (b"", b"")
         self._ahead = (b"", b"")  # the same, for `take_interrupt`
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
@@ -700,10 +699,7 @@ LOCALHOST = "localhost"
 
 
 def address_group(host: str) -> str:
-    """What is counted as one address: an IPv4 address, an IPv6 /64, or localhost.
-
-    Raises ValueError if `host` is no address.
-    """
+    """What counts as one: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError."""
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     if address.is_loopback:
@@ -730,7 +726,7 @@ class Limiter:
             self._postpone(person, JOIN_TOKENS)  # newcomers do not go before all others
 
     def move(self, person: Person, host: str) -> None:
-        """Count a connection for the address that a proxy told instead of its own."""
+        """Count a connection for the address that a proxy told."""
         self._uncount(person, person.address)
         self._locate(person, host)
 
@@ -755,7 +751,7 @@ class Limiter:
         quota.departing.pop(person, None)
 
     def depart(self, person: Person) -> None:
-        """Count a connection no longer against the limits, because it will end soon."""
+        """Count a connection, which will end soon, no longer against the limits."""
         for quota in (self.everyone, person.address):
             quota.departing[person] = None
 
@@ -892,7 +888,7 @@ class CommandError(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# "/op" with a slash of any kind, whatever stands before it: such a line is never said.
+# "/op" with any kind of slash, whatever stands before it, is never said.
 PASSWORD_LINE = re.compile(r"[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
@@ -1027,7 +1023,7 @@ class Chat:
         return CLOSING_TEXT["banned"].format(text=more) if minutes else ""
 
     def _join(self, person: Person, text: str) -> None:
-        """Let a caller in under the name that they typed, or ask again."""
+        """Let a caller in by the name that they typed, or ask again."""
         if self._reject(person):
             return
         try:
@@ -1059,8 +1055,8 @@ class Chat:
     ) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
-        `reason` is for our own log, `code` and `text` are for the `closing` event, and `kicked`
-        has the fields of the event that the others read instead of `quit`.
+        `reason` is for our own log, `code` and `text` for the `closing` event; `kicked` has the
+        fields of the event that replaces `quit`.
         """
         if person.state is CHATTING:
             del self.people[name_key(person.name)]
@@ -1091,7 +1087,7 @@ class Chat:
 
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
-        """Do what a line or signal means in this person's state (see the table above)."""
+        """Do what a line or signal means in this state; see the table above."""
         if message or not person.outbox.write_closed:  # a lost connection's blank lines are free
             self.limiter.charge(person, LINE_TOKENS)
         try:
@@ -1307,7 +1303,7 @@ SOCKET_OPTIONS = [
     for level, name, value in [
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line is sent at once
         (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
-        # A buffer of the system's own size grows, and a stalled reader seems to read on.
+        # A buffer of the system's choice grows, and a stalled reader seems to read on.
         (socket.SOL_SOCKET, "SO_SNDBUF", SEND_BUFFER),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_IDLE),
@@ -1387,7 +1383,7 @@ class Reactor:
             try:
                 self.run_once()
             except Exception:
-                logger.exception("shutting down, because of an error that is no connection's")
+                logger.exception("shutting down after an internal error")
                 if not well:
                     break
                 well = False
@@ -1494,7 +1490,7 @@ class Reactor:
         log.offered = end
 
     def _apply_backpressure(self) -> None:
-        """Pause the room while anybody lags too far behind; drop them when the budget is spent."""
+        """Pause the room while anybody lags; drop them when the stall budget is spent."""
         while True:
             for connection in self._lagging():
                 # Send now: the selector reports space only when there is much of it.
@@ -1511,7 +1507,7 @@ class Reactor:
         return [each for each in self.blocked if each.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
-        """Once a second: retry what failed, ping, and look at all deadlines."""
+        """Once a second: retry what failed, ping, check deadlines."""
         self.tick_at = self.now + TICK_SECONDS
         self._register_listeners()
         self.limiter.tick()
@@ -1585,7 +1581,7 @@ class Reactor:
         self._evict(connection)
 
     def _evict(self, connection: Connection) -> None:
-        """While too many connections like this one are departing, close the oldest."""
+        """While too many like this one are departing, close the oldest."""
         while True:
             surplus = cast("Connection | None", self.limiter.surplus(connection))
             if not surplus:
@@ -1597,7 +1593,7 @@ class Reactor:
 
     # One connection
     def _guard(self, step: Callable[[Connection], None], connection: Connection) -> None:
-        """Take a step with one connection; if it fails, drop that connection alone."""
+        """Take a step with one connection; if it fails, drop that one alone."""
         if connection not in self.connections:
             return
         try:
@@ -1611,7 +1607,7 @@ class Reactor:
         self._drop(connection, why)  # only here, where no traceback keeps a view of the log
 
     def _ready_at(self, connection: Connection) -> float:
-        """When this person's input may be processed; NEVER means not until something changes."""
+        """When this person's input may be processed; NEVER: not until something changes."""
         if connection.state is CLOSING:
             return self.now  # it is discarded
         chat, private_bytes = self.chat, connection.outbox.private_bytes
@@ -1620,7 +1616,7 @@ class Reactor:
         return max(connection.bucket.ready_at, connection.address.bucket.ready_at)
 
     def _read(self, connection: Connection) -> None:
-        """Read ahead what somebody sent; `_reconcile` asks for it only where there is space."""
+        """Read ahead; `_reconcile` asks for it only where there is space."""
         space = READ_AHEAD - len(connection.read_buffer)
         try:
             data = connection.sock.recv(min(READ_SIZE, space))
@@ -1649,7 +1645,7 @@ class Reactor:
         while connection.state is not CLOSING:
             if self._ready_at(connection) > self.now:
                 if connection.state is AWAITING_NAME:
-                    return  # there is nothing of theirs that waits to be said
+                    return  # they have said nothing that Ctrl-C could drop
                 new = min(connection.unscanned, len(connection.read_buffer))
                 connection.unscanned = 0
                 if not protocol.take_interrupt(connection.read_buffer, new):
@@ -1710,7 +1706,7 @@ class Reactor:
         connection.outbox.advance(sent)
 
     def _check_error(self, connection: Connection) -> None:
-        """Look for a reset that the selector does not report while input waits."""
+        """Look for a reset, which the selector does not report while input waits."""
         error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             self._lose(connection, OSError(error, os.strerror(error)))
@@ -1840,7 +1836,7 @@ def read_password(path: str) -> str:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of open descriptors as far as the system allows; returns it."""
+    """Raise the limit of open descriptors as far as possible; returns it."""
     if resource is None:
         return 512  # what select() takes on Windows
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1956,7 +1952,7 @@ def announce(lines: str) -> None:
 
 
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time, at once."""
+    """Have Ctrl-C, SIGTERM or a closed terminal stop the server, the second time at once."""
     ours, pythons = socket.socketpair()
     for end in (ours, pythons):
         end.setblocking(False)
