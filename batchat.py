@@ -2348,9 +2348,8 @@ header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
 main { flex: 1; overflow-y: auto; display: flex; flex-direction: column; } #lines { margin-top: auto; }
 #lines div { contain-intrinsic-height: auto 145em; } #lines div:nth-last-child(n+3) { content-visibility: auto; }
-main p { position: relative; padding-left: 9ch; text-indent: -2ch; overflow: clip; white-space: pre-wrap;
-  overflow-wrap: anywhere; } main .greeting, main .prompt { padding: 0; text-indent: 0; }
-main .day, main .gap { padding: .4em 0; text-indent: 0; text-align: center; }
+main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wrap: anywhere; }
+main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .day, .gap { padding: .4em 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
 pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height: 1.2; }
 .greeting, .welcome, .prompt, .said, .did { color: var(--ink); } .past, .pending, .unconfirmed { color: var(--soft); }

@@ -4776,6 +4776,12 @@ def test_page_keeps_what_is_typed_before_welcome(chromium, jonny, page_server, n
         chromium.gives("[state, input.value]", ["chatting", "draft"])
 
 
+def test_page_sends_nothing_before_it_is_asked(page):
+    page.does("state = 'joining'")
+    page.enters("draft")
+    page.gives("[input.value, pending.length]", ["draft", 0])
+
+
 # What is new
 
 
@@ -5103,13 +5109,13 @@ def test_page_makes_few_links_of_a_line(page):
 
 
 def test_page_is_quick_with_every_line(page):
-    """No pattern takes time by the square: 100 lines of 4 KiB each are quick."""
+    """No pattern takes time by the square: 400 lines of 4 KiB each are quick."""
     shapes = ["." * 4096, "-." * 2048, "mike." * 819, "http://a/" + ")" * 4087, "http://" * 585]
     shapes += [" " * 4096, "/me" + " " * 4090, "a" * 4096, "\u05d0a" * 1365]
     for shape in [*shapes, "https://x.y/" + "(" * 4000 + ")." * 40]:
         took = page.does(
             f"const event = {{...{json.dumps(said(shape))}, date: new Date()}}, start = Date.now();"
-            "input.value = event.text; complete(); for (let n = 0; n < 100; n += 1) {"
+            "input.value = event.text; complete(); for (let n = 0; n < 400; n += 1) {"
             "paragraph(event); isCalled(event); pendingOf(event.text); PASSWORD.test(event.text); }"
             "return Date.now() - start;"
         )
