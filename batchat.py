@@ -968,7 +968,7 @@ class Chat:
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show an event to everyone in the room, but what people say not to those who ignore them."""
+        """Show everyone in the room an event, but not what people say to those who ignore them."""
         self._last_id += 1
         event = {"type": kind, "id": self._last_id, "at": self.at, "name": person.name, **fields}
         for log in self.logs.values():
