@@ -2249,7 +2249,7 @@ def test_status_is_1_after_an_error_of_the_server():
     command = [sys.executable, "-c", code, "--port", "0", "--no-web"]
     done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
     assert done.returncode == 1
-    assert b"shutting down, because of an error" in done.stderr
+    assert b"shutting down after an internal error" in done.stderr
 
 
 def test_one_file_runs_wherever_it_is_copied(tmp_path):
