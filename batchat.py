@@ -118,6 +118,8 @@ def fill(template: str, fields: Event) -> str:
 def people_text(event: Event) -> str:
     people = event["people"]
     names = ["@" * each["operator"] + each["name"] for each in people]
+    if people and "address" in people[0]:
+        names = [f"{name} ({each['address']})" for name, each in zip(names, people)]
     return TEXT["people"].format(count=len(people), names=", ".join(names))
 
 
@@ -194,7 +196,8 @@ LOBBY = 16  # descriptors for callers who are refused because the server is full
 KEEPALIVE_IDLE = 60  # seconds of silence before the first keepalive probe
 KEEPALIVE_INTERVAL = 15  # seconds between probes
 KEEPALIVE_COUNT = 4  # probes without an answer: the peer is lost
-USER_TIMEOUT = 120_000  # milliseconds without an ACK for what was sent: the peer is lost
+PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
+USER_TIMEOUT = 60_000  # milliseconds without an ACK for what was sent: the peer is lost
 
 # Tokens: an allowance of --rate a second.
 BURST_SECONDS = 5  # of the rate: what may be saved up
@@ -204,6 +207,7 @@ BYTES_PER_TOKEN = 512  # of anything that is read
 LINE_TOKENS = 1
 JOIN_TOKENS = 5  # everyone reads that somebody joined, and later that they quit
 RENAME_TOKENS = 25  # a new name confuses everyone
+WRONG_PASSWORD_TOKENS = 50
 
 # History and bans
 HISTORY_LINES = 1000
@@ -211,6 +215,10 @@ HISTORY_SIZE = 64 << 10  # bytes of text
 BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
+ADDRESSES_LIMIT = 10_000  # that are known, besides those in use or banned
+FORMER_LIMIT = 100  # former names that operators can use,
+FORMER_SECONDS = 3600.0  # for so long
+WRONG_PASSWORDS_WARNED = 10  # in an hour, from one address
 
 # The web
 WEB_PORT = 1338
@@ -690,6 +698,9 @@ class Address(Quota):
     def is_local(self) -> bool:
         return self.name == LOCALHOST
 
+    def is_used(self, now: float) -> bool:
+        return self.connections > 0 or self.banned_until > now
+
     def banned_minutes(self, now: float) -> int:
         """How long it is still banned; 0 if it is not."""
         return max(0, math.ceil((self.banned_until - now) / 60))
@@ -698,15 +709,19 @@ class Address(Quota):
 LOCALHOST = "localhost"
 
 
-def address_group(host: str) -> str:
-    """What counts as one: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError."""
+def address_group(host: str, ours: str = "") -> str:
+    """What counts as one: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError.
+
+    In our own network, which our end of the connection tells, every IPv6 address is one.
+    """
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     if address.is_loopback:
         return LOCALHOST
-    if address.version == 4:
-        return str(address)
-    return str(ipaddress.ip_network((address, 64), strict=False))
+    network = ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False)
+    near = ours and ipaddress.ip_address(ours.partition("%")[0]) in network
+    alone = address.version == 4 or address.is_link_local or near
+    return str(address if alone else network)
 
 
 class Limiter:
@@ -718,25 +733,32 @@ class Limiter:
         self.everyone = Quota(settings.max_connections, LOBBY)
         self.addresses: dict[str, Address] = {}  # by address_group
 
-    def connect(self, person: Person, host: str) -> None:
+    def connect(self, person: Person, host: str, ours: str = "") -> None:
         """Count a new connection; where there are too many, the person is rejected."""
         self._count(person, self.everyone, "full")
-        self._locate(person, host)
+        self._locate(person, address_group(host, ours))
         if self.settings.rate:
             self._postpone(person, JOIN_TOKENS)  # newcomers do not go before all others
 
     def move(self, person: Person, host: str) -> None:
         """Count a connection for the address that a proxy told."""
         self._uncount(person, person.address)
-        self._locate(person, host)
+        self._locate(person, address_group(host))
 
-    def _locate(self, person: Person, host: str) -> None:
-        name, rate, limit = address_group(host), self.settings.rate, self.settings.max_per_address
-        if name == LOCALHOST:
-            rate, limit = rate * LOCALHOST_SHARE, 0
+    def address(self, name: str) -> Address:
+        """The address with this name, which address_group has made."""
         if name not in self.addresses:
-            self.addresses[name] = Address(name, limit, rate * ADDRESS_SHARE)
-        person.address = self.addresses[name]
+            if len(self.addresses) >= ADDRESSES_LIMIT:
+                idle = (each for each in self.addresses.values() if not each.is_used(self.now))
+                self.addresses.pop(next(idle, Address("", 0, 0)).name, None)
+            rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
+            if name == LOCALHOST:
+                rate, limit = rate * LOCALHOST_SHARE, 0
+            self.addresses[name] = Address(name, limit, rate)
+        return self.addresses[name]
+
+    def _locate(self, person: Person, name: str) -> None:
+        person.address = self.address(name)
         self._count(person, person.address, "crowded")
         if person.rejected or person.outbox.write_closed:
             self.depart(person)
@@ -782,11 +804,17 @@ class Limiter:
         """Forget the addresses of which nothing need be kept."""
         for address in list(self.addresses.values()):
             full_at = address.bucket.ready_at + BURST_SECONDS
-            if not address.connections and max(full_at, address.banned_until) <= self.now:
+            if full_at <= self.now and not address.is_used(self.now):
                 del self.addresses[address.name]
 
-    def ban(self, address: Address, minutes: int, by: str) -> None:
+    def parse(self, text: str) -> str:
+        """The name of the address that `text` is; raises ValueError if it is none."""
+        host = text.partition("/")[0]
+        return host if host in self.addresses else address_group(host)
+
+    def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address; a longer ban stays as it is."""
+        address = self.address(name)
         address.banned_until = max(address.banned_until, self.now + 60 * minutes)
         address.banned_by = by
 
@@ -876,6 +904,15 @@ class History:
         return self.encoded[protocol]
 
 
+class Former(NamedTuple):
+    """A name that somebody had."""
+
+    key: str  # its name_key
+    until: float
+    origin: str  # of the connection
+    address: str
+
+
 class CommandError(Exception):
     """What somebody typed is refused; text and code are those of the `error` event."""
 
@@ -963,7 +1000,10 @@ class Chat:
         self.changed: dict[Person, None] = {}  # those who must be reconciled
         self.new_bytes = 0  # of events, in all formats, in this iteration
         self.at = 0  # when this iteration began, in seconds since the epoch
+        self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
+        self._former: deque[Former] = deque(maxlen=FORMER_LIMIT)
+        self._wrong: deque[tuple[float, str]] = deque(maxlen=1000)  # passwords: when, from where
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # by whom they ignore
 
     # Showing events
@@ -990,12 +1030,6 @@ class Chat:
     def send_raw(self, person: Person, data: bytes) -> None:
         person.outbox.insert(data)
         self.changed[person] = None
-
-    def ping(self) -> None:
-        """Ping everyone in the room whose protocol has a ping."""
-        for log in self.logs.values():
-            if log.readers:
-                log.append(log.protocol.PING)
 
     # Joining and leaving
     def greet(self, person: Person) -> None:
@@ -1048,6 +1082,7 @@ class Chat:
             if type(person.protocol) not in self.history.encoded:
                 self.new_bytes += len(self.history.encode(type(person.protocol)))
             self.send_raw(person, self.history.encoded[type(person.protocol)])
+        self.joined += 1
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(
@@ -1059,7 +1094,7 @@ class Chat:
         fields of the event that replaces `quit`.
         """
         if person.state is CHATTING:
-            del self.people[name_key(person.name)]
+            self._free_name_of(person)
             person.outbox.log.readers.pop(person, None)
             person.outbox.leave()
             self._ignorers.pop(person, None)
@@ -1138,6 +1173,33 @@ class Chat:
             raise CommandError(f"The name {name} is taken.", "name_taken")
         return name
 
+    def _free_name_of(self, person: Person) -> None:
+        """Let others take a name, by which operators still find this person for a while."""
+        key = name_key(person.name)
+        del self.people[key]
+        former = Former(key, self.limiter.now, person.origin, person.address.name)
+        self._former.append(former)
+
+    def _find_target(self, name: str) -> tuple[Person | None, str, str]:
+        """Whom an operator means, also by a former name or by an address; raises CommandError.
+
+        Returns the person, if they are here, their address, and the source of their lines.
+        """
+        key, since = name_key(name), self.limiter.now - FORMER_SECONDS
+        if key in self.people:
+            person = self.people[key]
+            return person, person.address.name, person.source
+        for each in reversed(self._former):
+            if each.key == key and each.until > since:
+                here = [person for person in self.people.values() if person.origin == each.origin]
+                source = each.origin if each.address == LOCALHOST else each.address
+                return (here[0] if here else None), each.address, source
+        try:
+            address = self.limiter.parse(name)
+        except ValueError:
+            raise CommandError(f"Nobody here is called {name}.") from None
+        return None, address, address
+
     def _find(self, name: str) -> Person:
         """The person with this name; raises CommandError."""
         person = self.people.get(name_key(name))
@@ -1168,6 +1230,9 @@ class Chat:
     def _who(self, person: Person) -> None:
         people = [self.people[key] for key in sorted(self.people)]
         rows = [{"name": each.name, "operator": each.operator} for each in people]
+        if person.operator:
+            hosts = [each.origin.partition(" ")[0] for each in people]
+            rows = [{**row, "address": host} for row, host in zip(rows, hosts)]
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / READ_SIZE)
         self.send_raw(person, data)
@@ -1191,7 +1256,7 @@ class Chat:
         name = self._free_name(person, text)
         if name == person.name:
             raise CommandError(f"You are {name} already.")
-        del self.people[name_key(person.name)]
+        self._free_name_of(person)
         self.people[name_key(name)] = person
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
         self.publish("renamed", person, to=name)
@@ -1226,6 +1291,11 @@ class Chat:
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
+        self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
+        self._wrong.append((self.limiter.now, person.address.name))
+        hour, where = self.limiter.now - 3600, person.address.name
+        if sum(at > hour and name == where for at, name in self._wrong) == WRONG_PASSWORDS_WARNED:
+            logger.warning("%d wrong passwords in an hour from %s", WRONG_PASSWORDS_WARNED, where)
         self.send(person, "error", code="refused", text="That is not the password.")
         person.tries += 1
         if person.tries == PASSWORD_TRIES:
@@ -1233,7 +1303,10 @@ class Chat:
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
     def _kick(self, person: Person, name: str, why: str = "") -> None:
-        self._remove(self._find(name), person, why)
+        other, _, _ = self._find_target(name)
+        if not other:
+            raise CommandError(f"Nobody here is called {name}.")
+        self._remove(other, person, why)
 
     def _remove(self, other: Person, person: Person, why: str) -> None:
         if other is person:
@@ -1248,27 +1321,27 @@ class Chat:
         operators=True,
     )
     def _ban(self, person: Person, name: str, given: str = "") -> None:
-        other = self._find(name)
-        address = other.address
+        other, address, source = self._find_target(name)
         try:
             minutes = int(given or BAN_MINUTES)
         except ValueError:
             minutes = 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban takes from 1 to {LONGEST_BAN} minutes.", "usage")
-        bans = self.limiter.bans()
-        if not address.is_local and address not in bans and len(bans) >= BANS_LIMIT:
+        local, bans = address == LOCALHOST, [each.name for each in self.limiter.bans()]
+        if not local and address not in bans and len(bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
-        self._remove(other, person, "" if address.is_local else f"banned for {minutes} min")
-        self.history.forget(other.source)
-        if address.is_local:
-            text = f"{other.name} is out, but came from localhost, which is never banned."
-            self.send(person, "notice", text=text)
+        if other:
+            self._remove(other, person, "" if local else f"banned for {minutes} min")
+        self.history.forget(source)
+        if local:
+            out = f"{other.name} is out, but came from localhost, which" if other else "localhost"
+            self.send(person, "notice", text=f"{out} is never banned.")
             return
         self.limiter.ban(address, minutes, person.name)
-        logger.info("%s banned %s for %d min", person.name, address.name, minutes)
-        here = sum(each.address is address for each in self.people.values())
-        text = f"{address.name} is banned for {minutes} min; others from there are here: {here}."
+        logger.info("%s banned %s for %d min", person.name, address, minutes)
+        here = sum(each.address.name == address for each in self.people.values())
+        text = f"{address} is banned for {minutes} min; others from there are here: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
@@ -1282,15 +1355,13 @@ class Chat:
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, text: str) -> None:
-        try:  # as /bans shows it, or any host in it
-            address = self.limiter.addresses.get(address_group(text.partition("/")[0]))
-        except ValueError:
-            address = None
-        if not address or address not in self.limiter.bans():
+        with contextlib.suppress(ValueError):  # that is no address
+            text = self.limiter.parse(text)
+        if text not in [each.name for each in self.limiter.bans()]:
             raise CommandError(f"{text} is not banned.")
-        address.banned_until = 0
-        logger.info("%s ended the ban of %s", person.name, address.name)
-        self.send(person, "notice", text=f"{address.name} is no longer banned.")
+        self.limiter.addresses[text].banned_until = 0
+        logger.info("%s ended the ban of %s", person.name, text)
+        self.send(person, "notice", text=f"{text} is no longer banned.")
 
 
 # --------------------------------------------------------------------------
@@ -1319,7 +1390,7 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 
 class Connection(Person):
     """A person and their socket."""
-    __slots__ = ("ended", "events", "read_buffer", "sock", "unscanned")
+    __slots__ = ("ended", "events", "read_buffer", "sock", "unanswered", "unscanned")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log, rate, now)
@@ -1328,6 +1399,7 @@ class Connection(Person):
         self.unscanned = 0  # bytes at its end in which Ctrl-C was not looked for
         self.ended = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
+        self.unanswered = 0  # pings since they sent anything
 
     @property
     def deadline(self) -> float:
@@ -1514,14 +1586,24 @@ class Reactor:
         pings = self.now >= self.ping_at
         if pings:
             self.ping_at = self.now + PING_SECONDS
-            self.chat.ping()
         for connection in list(self.ready):
             self._guard(self._check_error, connection)
         for connection in list(self.connections):
-            if pings and connection.state is AWAITING_NAME and connection.protocol.opened:
-                self.chat.send_raw(connection, connection.protocol.PING)
+            if pings and connection.protocol.opened and connection.protocol.PING:
+                self._guard(self._ping, connection)
             if self.now >= connection.deadline:
                 self._guard(self._on_deadline, connection)
+
+    def _ping(self, connection: Connection) -> None:
+        """Ping a peer; it is lost if it answered none of the last, and nothing held them up."""
+        if connection.outbox.has_pending or connection in self.ready:
+            return
+        if connection.unanswered >= PINGS_LIMIT:
+            self._lose(connection, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+            self._reconcile(connection)
+        else:
+            connection.unanswered += 1
+            self.chat.send_raw(connection, connection.protocol.PING)
 
     def _on_deadline(self, connection: Connection) -> None:
         if connection.state is CLOSING or connection.outbox.write_closed:
@@ -1562,7 +1644,10 @@ class Reactor:
                 origin, log = f"{host} port {port}", self.chat.logs[self.listeners[listener]]
                 connection = Connection(sock, origin, log, self.settings.rate, self.now)
                 self.connections[connection] = None
-                self.limiter.connect(connection, host)
+                ours = ""
+                with contextlib.suppress(OSError):  # they are gone again
+                    ours = sock.getsockname()[0]
+                self.limiter.connect(connection, host, ours)
                 self._guard(self._admit, connection)
 
     def _admit(self, connection: Connection) -> None:
@@ -1627,6 +1712,7 @@ class Reactor:
                 raise
             self._lose(connection, error)  # what they sent before is still said
             data = b""
+        connection.unanswered = 0
         connection.read_buffer += data
         connection.unscanned += len(data)
         connection.ended = not data
@@ -1946,7 +2032,7 @@ def announce(lines: str) -> None:
     """Write lines to standard output, or to the log if that fails."""
     try:
         # Not print(), which would try again at exit to write what it could not, and fail.
-        os.write(sys.stdout.fileno(), f"{lines}\n".encode())
+        os.write(sys.stdout.fileno(), f"{lines}\n".encode("utf-8", "replace"))
     except (OSError, AttributeError):  # a closed pipe, a full disk; None if closed at the start
         logger.info("%s", lines)
 
@@ -1972,7 +2058,8 @@ def stop_on_signals(reactor: Reactor) -> None:
         reactor.stop()
 
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, on_signal)
+        if signal.getsignal(each) is not signal.SIG_IGN:  # a shell has `&` in a script ignore it
+            signal.signal(each, on_signal)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         # nohup has us ignore it.  Else it may come twice, from the shell and from the system.
         signal.signal(signal.SIGHUP, lambda signum, frame: None)  # the wakeup is enough
@@ -1996,8 +2083,15 @@ def main(arguments: list[str] | None = None) -> int:
     listeners = open_listeners(options)
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
+    ports = "/".join(str(each.getsockname()[1]) for each in listeners)
+    chosen = ", ".join(f"{name} {value}" for name, value in vars(options).items() if value)
+    what = f"BATCHAT {__version__}, process {os.getpid()}, ports {ports}"
+    logger.info("%s, %d connections at most; %s", what, most, chosen)
     announce(opening_lines(options.host, listeners))
-    return 0 if reactor.run() else 1
+    started, well = time.monotonic(), reactor.run()
+    seconds = time.monotonic() - started
+    logger.info("stopped after %d s, in which %d people joined", seconds, reactor.chat.joined)
+    return 0 if well else 1
 
 
 # --------------------------------------------------------------------------
