@@ -2076,6 +2076,19 @@ def test_password_is_never_said(line, password):
     assert ("operator now" in ann.read()) == bool(password)
 
 
+@given(
+    st.text(st.characters(exclude_categories=["C", "L", "N"]), max_size=8),
+    st.sampled_from("/\\\u2044\uff0f"),
+    st.sampled_from([" sesame", "", "\u3000x"]),
+)
+def test_no_line_with_a_password_is_said(before, slash, rest):
+    room = Room(password=PASSWORD)
+    ann, mike = room.join("ann"), room.join("mike")
+    mike.types(f"{before}{slash}op{rest}", f"{before}{slash}OP{rest}")
+    ann.expect("")
+    assert mike.state is batchat.CHATTING
+
+
 def test_third_password_and_fifth_name_are_last(kept, ann):
     """Names that were refused are no passwords."""
     mike = kept.caller("", "a b", "ann", "?", "mike", "/op")
@@ -2454,6 +2467,27 @@ def test_person_may_do_what_tokens_buy(paced, rest, lines, seconds, done):
     mike.types(*lines * 200)
     paced.wait(seconds)
     assert 0.97 * done <= ann.read().count("\n") <= done
+
+
+def test_long_answers_cost_more(room):
+    """Else a few people who ask who is here could send everything that a network takes."""
+    ann = room.join("ann")
+    for n in range(1000):
+        room.caller(f"{'x' * 20}{n}")
+    room.wait(60)
+    before = room.limiter.now - 5
+    ann.types("/who")
+    assert 2 < (ann.bucket.ready_at - before) * 10 < 4
+
+
+def test_waiting_people_wake_the_event_loop_together(paced):
+    """Every 20 ms at most, however many they are."""
+    for each in rested(paced, *[f"t{n}" for n in range(60)]):
+        each.types(*["hi"] * 100)
+    paced.wait(2.0)
+    before = paced.iterations
+    paced.wait(1.0)
+    assert paced.iterations - before < 60
 
 
 @cases("host, people, share", ("203.0.113.5", 20, 10), ("::1", 120, 100))
