@@ -39,7 +39,7 @@ from base64 import b64decode, b64encode
 from collections import defaultdict, deque
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, TypeVar, Union, cast
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union, cast
 
 try:
     import resource
@@ -107,44 +107,30 @@ HELLO = "Hello, World!"
 
 def text_of(event: Event) -> str:
     """An event as telnet shows it; each line ends with a newline."""
-    return RENDER[event["type"]](event)
+    kind, template = event["type"], TEXT[event["type"]]
+    if kind == "people":
+        names = ["@" * each["operator"] + each["name"] for each in event["people"]]
+        if event["people"] and "address" in event["people"][0]:
+            names = [f"{name} ({each['address']})" for name, each in zip(names, event["people"])]
+        return template.format(count=len(names), names=", ".join(names))
+    if kind == "help":
+        width = max(len(usage) for usage, _ in event["commands"]) + 3
+        rows = [(usage.ljust(width), text) for usage, text in event["commands"]]
+        return "".join(template.format(usage=usage, text=text) for usage, text in rows)
+    if kind == "history":
+        if not event["events"]:
+            return ""
+        since = template.format(since=local_time(event["events"][0]["at"]))
+        lines = [f"{local_time(each['at'])[-5:]} {text_of(each)}" for each in event["events"]]
+        return "".join([since, *lines, TEXT["history_end"]])
+    return fill(template, event)
 
 
 def fill(template: str, fields: Event) -> str:
-    """A template with its fields, but without the reason of a kick if none was given."""
-    return (template if fields["text"] else template.replace(": {text}", "")).format_map(fields)
-
-
-def people_text(event: Event) -> str:
-    people = event["people"]
-    names = ["@" * each["operator"] + each["name"] for each in people]
-    if people and "address" in people[0]:
-        names = [f"{name} ({each['address']})" for name, each in zip(names, people)]
-    return TEXT["people"].format(count=len(people), names=", ".join(names))
-
-
-def help_text(event: Event) -> str:
-    rows = event["commands"]
-    width = max(len(usage) for usage, _ in rows) + 3
-    return "".join(TEXT["help"].format(usage=usage.ljust(width), text=text) for usage, text in rows)
-
-
-def history_text(event: Event) -> str:
-    events = event["events"]
-    if not events:
-        return ""
-    since = TEXT["history"].format(since=local_time(events[0]["at"]))
-    lines = [f"{local_time(each['at'])[-5:]} {text_of(each)}" for each in events]
-    return "".join([since, *lines, TEXT["history_end"]])
-
-
-RENDER: dict[str, Callable[[Event], str]] = {
-    **{kind: template.format_map for kind, template in TEXT.items()},
-    "kicked": functools.partial(fill, TEXT["kicked"]),
-    "people": people_text,
-    "help": help_text,
-    "history": history_text,
-}
+    """A template with its fields; an empty text takes its colon along."""
+    if fields.get("text") == "":
+        template = template.replace(": {text}", "")
+    return template.format_map(fields)
 
 
 def local_time(at: int) -> str:
@@ -244,7 +230,6 @@ class Settings(NamedTuple):
 
 FOREVER = 1 << 62  # an offset that no log ever reaches
 Splice = Tuple[int, int, bytes]
-NO_SPLICES: list[Splice] = []  # shared by everyone without splices, and never changed
 
 
 class Log:
@@ -290,7 +275,7 @@ class Outbox:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
-        self.splices: list[Splice] = NO_SPLICES
+        self.splices: list[Splice] = []
         self.private_bytes = 0  # in all splices
         self.write_closed = False  # the connection is lost: nothing can be sent any more
 
@@ -307,7 +292,7 @@ class Outbox:
         """Read the log from its end on; private bytes that are pending come first."""
         if not self.write_closed:
             self.cursor = self.log.end
-            self.splices = [(self.cursor, 0, each) for _, _, each in self.splices] or NO_SPLICES
+            self.splices = [(self.cursor, 0, each) for _, _, each in self.splices]
 
     def leave(self) -> None:
         """Read no further than the log's end of now; what is pending stays pending."""
@@ -319,7 +304,7 @@ class Outbox:
         """Drop everything pending, and take nothing more."""
         self.write_closed = True
         self.cursor = FOREVER
-        self.splices = NO_SPLICES
+        self.splices.clear()
         self.private_bytes = 0
 
     def insert(self, data: bytes) -> None:
@@ -343,9 +328,8 @@ class Outbox:
         return at + exclude
 
     def _splice(self, at: int, exclude: int, private: bytes) -> None:
-        if not self.splices:
-            self.splices = []  # not the shared one
-        elif at == self._covered and len(self.splices[-1][2]) + len(private) <= SPLICE_SIZE:
+        touches = self.splices and at == self._covered
+        if touches and len(self.splices[-1][2]) + len(private) <= SPLICE_SIZE:
             at, excluded, earlier = self.splices.pop()
             exclude, private = excluded + exclude, earlier + private
         self.splices.append((at, exclude, private))
@@ -383,8 +367,7 @@ class Outbox:
                 self.splices[done] = (self.cursor, 0, private[taken:])
                 break
             done += 1
-        if done:
-            self.splices = self.splices[done:] or NO_SPLICES
+        del self.splices[:done]
         self.cursor += sent
 
 
@@ -808,9 +791,12 @@ class Limiter:
                 del self.addresses[address.name]
 
     def parse(self, text: str) -> str:
-        """The name of the address that `text` is; raises ValueError if it is none."""
+        """The name of the address that `text` is; "" if it is none."""
         host = text.partition("/")[0]
-        return host if host in self.addresses else address_group(host)
+        try:
+            return host if host in self.addresses else address_group(host)
+        except ValueError:
+            return ""
 
     def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address; a longer ban stays as it is."""
@@ -818,10 +804,11 @@ class Limiter:
         address.banned_until = max(address.banned_until, self.now + 60 * minutes)
         address.banned_by = by
 
-    def bans(self) -> dict[Address, int]:
-        """The banned addresses, and for how many more minutes."""
-        minutes = {each: each.banned_minutes(self.now) for each in self.addresses.values()}
-        return {each: left for each, left in minutes.items() if left}
+    def bans(self) -> dict[str, str]:
+        """The names of the banned addresses, each with what operators are told of it."""
+        minutes = [(each, each.banned_minutes(self.now)) for each in self.addresses.values()]
+        text = "{0.name} is banned for another {1} min, by {0.banned_by}."
+        return {each.name: text.format(each, left) for each, left in minutes if left}
 
 
 # --------------------------------------------------------------------------
@@ -904,15 +891,6 @@ class History:
         return self.encoded[protocol]
 
 
-class Former(NamedTuple):
-    """A name that somebody had."""
-
-    key: str  # its name_key
-    until: float
-    origin: str  # of the connection
-    address: str
-
-
 class CommandError(Exception):
     """What somebody typed is refused; text and code are those of the `error` event."""
 
@@ -958,23 +936,23 @@ def check_name(text: str) -> str:
     return name
 
 
+Run = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
+
+
 class Command(NamedTuple):
-    run: Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
+    run: Run
     usage: str  # its name and arguments, optional ones in brackets
     text: str  # what it does
     operators: bool  # whether it is for them alone
 
 
 COMMANDS: dict[str, Command] = {}  # by name and alias
-Method = TypeVar("Method", bound=Callable[..., None])
 
 
-def command(
-    usage: str, text: str, *aliases: str, operators: bool = False
-) -> Callable[[Method], Method]:
+def command(usage: str, text: str, *aliases: str, operators: bool = False) -> Callable[[Run], Run]:
     """Make a method of Chat a command; its last argument takes the rest of the line."""
 
-    def register(run: Method) -> Method:
+    def register(run: Run) -> Run:
         names = (usage.split()[0], *aliases)
         COMMANDS.update(dict.fromkeys(names, Command(run, usage, text, operators)))
         return run
@@ -988,21 +966,20 @@ NONE: Event = {}  # no fields
 class Chat:
     """The room: the people in it, what they say, and who is shown what."""
 
-    def __init__(
-        self, protocols: Iterable[type[Protocol]], settings: Settings, limiter: Limiter
-    ) -> None:
-        self.settings = settings
+    def __init__(self, protocols: Iterable[type[Protocol]], limiter: Limiter) -> None:
         self.limiter = limiter
+        self.settings = limiter.settings
         self.room = os.urandom(8).hex()  # tells this run of the server from others
         self.logs = {protocol: Log(protocol) for protocol in protocols}
-        self.history = History(settings.history)
+        self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.changed: dict[Person, None] = {}  # those who must be reconciled
         self.new_bytes = 0  # of events, in all formats, in this iteration
         self.at = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
-        self._former: deque[Former] = deque(maxlen=FORMER_LIMIT)
+        # Names that people had: until when, its name_key, whose.
+        self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_LIMIT)
         self._wrong: deque[tuple[float, str]] = deque(maxlen=1000)  # passwords: when, from where
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # by whom they ignore
 
@@ -1177,28 +1154,7 @@ class Chat:
         """Let others take a name, by which operators still find this person for a while."""
         key = name_key(person.name)
         del self.people[key]
-        former = Former(key, self.limiter.now, person.origin, person.address.name)
-        self._former.append(former)
-
-    def _find_target(self, name: str) -> tuple[Person | None, str, str]:
-        """Whom an operator means, also by a former name or by an address; raises CommandError.
-
-        Returns the person, if they are here, their address, and the source of their lines.
-        """
-        key, since = name_key(name), self.limiter.now - FORMER_SECONDS
-        if key in self.people:
-            person = self.people[key]
-            return person, person.address.name, person.source
-        for each in reversed(self._former):
-            if each.key == key and each.until > since:
-                here = [person for person in self.people.values() if person.origin == each.origin]
-                source = each.origin if each.address == LOCALHOST else each.address
-                return (here[0] if here else None), each.address, source
-        try:
-            address = self.limiter.parse(name)
-        except ValueError:
-            raise CommandError(f"Nobody here is called {name}.") from None
-        return None, address, address
+        self._former.append((self.limiter.now, key, person))
 
     def _find(self, name: str) -> Person:
         """The person with this name; raises CommandError."""
@@ -1206,6 +1162,12 @@ class Chat:
         if not person:
             raise CommandError(f"Nobody here is called {name}.")
         return person
+
+    def _find_former(self, name: str) -> Person | None:
+        """Who has this name or, else, who had it last, here or gone."""
+        key, since = name_key(name), self.limiter.now - FORMER_SECONDS
+        had = [person for until, former, person in self._former if former == key and until > since]
+        return self.people.get(key) or (had[-1] if had else None)
 
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
@@ -1292,10 +1254,11 @@ class Chat:
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
-        self._wrong.append((self.limiter.now, person.address.name))
-        hour, where = self.limiter.now - 3600, person.address.name
-        if sum(at > hour and name == where for at, name in self._wrong) == WRONG_PASSWORDS_WARNED:
-            logger.warning("%d wrong passwords in an hour from %s", WRONG_PASSWORDS_WARNED, where)
+        now, where = self.limiter.now, person.address.name
+        self._wrong.append((now, where))
+        wrong = sum(at > now - 3600 and name == where for at, name in self._wrong)
+        if wrong == WRONG_PASSWORDS_WARNED:
+            logger.warning("%d wrong passwords in an hour from %s", wrong, where)
         self.send(person, "error", code="refused", text="That is not the password.")
         person.tries += 1
         if person.tries == PASSWORD_TRIES:
@@ -1303,8 +1266,8 @@ class Chat:
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
     def _kick(self, person: Person, name: str, why: str = "") -> None:
-        other, _, _ = self._find_target(name)
-        if not other:
+        other = self._find_former(name)
+        if not other or other.state is not CHATTING:
             raise CommandError(f"Nobody here is called {name}.")
         self._remove(other, person, why)
 
@@ -1315,25 +1278,24 @@ class Chat:
         text = fill(CLOSING_TEXT["kicked"], fields)
         self.disconnect(other, f"kicked by {person.name}, {person.origin}", "kicked", text, fields)
 
-    @command(
-        "/ban NAME [MINUTES]",
-        "remove somebody, and refuse their address for a while",
-        operators=True,
-    )
+    @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, name: str, given: str = "") -> None:
-        other, address, source = self._find_target(name)
+        other = self._find_former(name)
+        address = other.address.name if other else self.limiter.parse(name)
+        if not address:
+            raise CommandError(f"Nobody here is called {name}.")
         try:
             minutes = int(given or BAN_MINUTES)
         except ValueError:
             minutes = 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban takes from 1 to {LONGEST_BAN} minutes.", "usage")
-        local, bans = address == LOCALHOST, [each.name for each in self.limiter.bans()]
+        local, bans = address == LOCALHOST, self.limiter.bans()
         if not local and address not in bans and len(bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
-        if other:
+        if other and other.state is CHATTING:
             self._remove(other, person, "" if local else f"banned for {minutes} min")
-        self.history.forget(source)
+        self.history.forget(other.source if other else address)
         if local:
             out = f"{other.name} is out, but came from localhost, which" if other else "localhost"
             self.send(person, "notice", text=f"{out} is never banned.")
@@ -1346,22 +1308,17 @@ class Chat:
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
-        bans = self.limiter.bans()
-        for address, minutes in bans.items():
-            text = f"{address.name} is banned for another {minutes} min, by {address.banned_by}."
+        for text in self.limiter.bans().values() or ["No address is banned."]:
             self.send(person, "notice", text=text)
-        if not bans:
-            self.send(person, "notice", text="No address is banned.")
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, text: str) -> None:
-        with contextlib.suppress(ValueError):  # that is no address
-            text = self.limiter.parse(text)
-        if text not in [each.name for each in self.limiter.bans()]:
-            raise CommandError(f"{text} is not banned.")
-        self.limiter.addresses[text].banned_until = 0
-        logger.info("%s ended the ban of %s", person.name, text)
-        self.send(person, "notice", text=f"{text} is no longer banned.")
+        address = self.limiter.parse(text) or text
+        if address not in self.limiter.bans():
+            raise CommandError(f"{address} is not banned.")
+        self.limiter.addresses[address].banned_until = 0
+        logger.info("%s ended the ban of %s", person.name, address)
+        self.send(person, "notice", text=f"{address} is no longer banned.")
 
 
 # --------------------------------------------------------------------------
@@ -1433,7 +1390,7 @@ class Reactor:
         self.clock = clock
         self.now = clock()  # when this iteration began
         self.limiter = Limiter(settings, self.now)
-        self.chat = Chat(listeners.values(), settings, self.limiter)
+        self.chat = Chat(listeners.values(), self.limiter)
 
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
         self.ready: dict[Connection, None] = {}  # those with input that is not processed yet

@@ -217,9 +217,8 @@ class Guest(batchat.Person):
 
 class Room:
     def __init__(self, **settings) -> None:
-        made = Settings(**settings)
-        self.limiter = Limiter(made, 0.0)
-        self.chat = Chat((Telnet, Web), made, self.limiter)
+        self.limiter = Limiter(Settings(**settings), 0.0)
+        self.chat = Chat((Telnet, Web), self.limiter)
         self.guests: list[Guest] = []
 
     def wait(self, seconds: float) -> None:
@@ -1049,7 +1048,7 @@ class World:
         listeners = {listener: protocol for protocol, listener in self.listeners.items()}
         self.reactor = WatchedReactor(listeners, settings, self.selector, lambda: self.now)
         self.reactor.world = self
-        self.reactor.chat = WatchedChat(self.listeners, settings, self.reactor.limiter)
+        self.reactor.chat = WatchedChat(self.listeners, self.reactor.limiter)
         self.reactor.chat.world = self
 
     def calls(self, protocol=Telnet, host="127.0.0.1", low_water=1, opens=True) -> Peer:
@@ -2957,6 +2956,7 @@ def test_too_long_a_name_is_not_normalized(room):
 
 
 def test_nothing_is_kept_of_people_who_left(room):
+    """But their names, for operators: the last hundred."""
     mike, troll = room.join("mike"), room.join("troll")
     mike.types("/ignore troll", "hello")
     troll.types("/ignore mike", "/msg mike psst")
@@ -2966,6 +2966,7 @@ def test_nothing_is_kept_of_people_who_left(room):
     room.guests.remove(mike)
     left = weakref.ref(mike)
     del mike
+    troll.types(*[f"/nick t{n}" for n in range(100)])
     gc.collect()
     assert left() is None
 
@@ -3252,9 +3253,10 @@ def seconds_of(kind: str, data: bytes) -> float:
 
 @cases("kind, number", *[(kind, n) for kind in SHAPES for n in range(1, len(SHAPES[kind]))])
 def test_hostile_input_is_no_dearer_than_plain(kind, number):
-    """8 KiB of any shape cost ten times as much at most."""
-    plain, hostile = [min(seconds_of(kind, SHAPES[kind][n]) for _ in range(5)) for n in (0, number)]
-    assert hostile < 10 * plain + 1e-3
+    """8 KiB of any shape cost twenty times as much at most."""
+    runs = [[seconds_of(kind, SHAPES[kind][n]) for n in (0, number)] for _ in range(5)]
+    plain, hostile = map(min, zip(*runs))
+    assert hostile < 20 * plain + 1e-3
 
 
 def test_unread_log_delays_nobody():
