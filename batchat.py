@@ -265,10 +265,7 @@ class Outbox:
 
     A splice `(at, exclude, private)` says: at offset `at` of the log, insert the bytes `private`
     (a reply to this person), then leave out the next `exclude` bytes (their own line).  Splices
-    are in order.  Short ones that touch are merged; long private bytes may be shared, and are
-    not copied.
-
-    A person outside the room reads no log: their cursor is FOREVER, past the end of any.
+    are in order; short ones that touch are merged.  Outside the room the cursor is FOREVER.
     """
     __slots__ = ("cursor", "log", "private_bytes", "splices", "write_closed")
 
@@ -348,11 +345,9 @@ class Outbox:
             return memoryview(b"".join(pieces))
 
     def advance(self, sent: int) -> None:
-        """Record that `sent` bytes of `unsent` were sent.
+        """Record that `sent` bytes were sent: log up to a splice, its private bytes, and so on.
 
-        `unsent` is a row of pieces: log up to a splice, its private bytes, log up to the next
-        splice, and so on.  Of a splice that was sent in part, the rest of its private bytes stays,
-        now at the cursor.
+        Of a splice that was sent in part, the rest of its private bytes stays, at the cursor.
         """
         done = 0
         for at, exclude, private in self.splices:
@@ -412,9 +407,9 @@ class Protocol:
         raise NotImplementedError
 
     def take_interrupt(self, unread: bytes, new: int) -> bool:
-        """Look for Ctrl-C in the last `new` bytes of what was read but not fed.
+        """Whether Ctrl-C is in the last `new` bytes of what was read but not fed.
 
-        If it is there, drop everything before it, and let DISCONNECT come next.
+        If so, everything before it is dropped, and DISCONNECT comes next.
         """
         return False
 
@@ -542,16 +537,14 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
 class Telnet(Protocol):
     """Telnet (RFC 854): lines of text, and commands among them.
 
-    A client that has shown that it is a telnet is asked once for BINARY; others are sent plain
-    UTF-8 only.
+    A client that has shown to be a telnet is asked once for BINARY; others get only UTF-8.
     """
     __slots__ = ("_after_cr", "_ahead", "_asked", "_at", "_key", "_parsed", "_skipping", "_text")
 
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        # Where `split_commands` stands: last bytes of text, incomplete command
-        self._parsed = (b"", b"")
+        self._parsed = (b"", b"")  # by `split_commands`: last bytes of text, incomplete command
         self._ahead = (b"", b"")  # the same, for `take_interrupt`
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
@@ -648,8 +641,7 @@ class TokenBucket:
 class Quota:
     """Connections that are counted together, up to a limit.
 
-    Those that are departing (rejected, closing or lost) are not counted; `spare` of them may be
-    there in any case.
+    Those departing (rejected, closing or lost) do not count; `spare` of them may always be there.
     """
 
     def __init__(self, limit: int, spare: int) -> None:
@@ -665,10 +657,7 @@ class Quota:
 
 
 class Address(Quota):
-    """An address with its token bucket and its ban.
-
-    It is kept until its bucket is full, so that reconnecting does not refill it.
-    """
+    """An address with its token bucket and its ban; kept until its bucket is full."""
 
     def __init__(self, name: str, limit: int, rate: int) -> None:
         super().__init__(limit, limit)
@@ -676,10 +665,6 @@ class Address(Quota):
         self.bucket = TokenBucket(rate)
         self.banned_until = 0.0
         self.banned_by = ""
-
-    @property
-    def is_local(self) -> bool:
-        return self.name == LOCALHOST
 
     def is_used(self, now: float) -> bool:
         return self.connections > 0 or self.banned_until > now
@@ -858,7 +843,7 @@ class Person:
     @property
     def source(self) -> str:
         """Where their lines come from: their address, or on localhost they alone."""
-        return self.origin if self.address.is_local else self.address.name
+        return self.origin if self.address.name == LOCALHOST else self.address.name
 
 
 class History:
@@ -1067,8 +1052,7 @@ class Chat:
     ) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
-        `reason` is for our own log, `code` and `text` for the `closing` event; `kicked` has the
-        fields of the event that replaces `quit`.
+        `reason` is for our own log, `code` and `text` for `closing`, `kicked` for the others.
         """
         if person.state is CHATTING:
             self._free_name_of(person)
@@ -1616,7 +1600,7 @@ class Reactor:
             except OSError as error:
                 if error.errno != errno.ENOPROTOOPT:  # the kernel does not know it
                     raise
-        protocol.behind_proxy = self.settings.behind_proxy and connection.address.is_local
+        protocol.behind_proxy = self.settings.behind_proxy and connection.address.name == LOCALHOST
         if protocol.opened:
             self.chat.greet(connection)
         self._reconcile(connection)
