@@ -1881,7 +1881,7 @@ def test_readme_and_help_name_every_option():
     options.update({"--web-port": 1338, "--version": None, "--help": None})
     named = {name for name in NAMED if name[0] == "-"}
     assert {*options} - {"--verbose"} <= named <= {*options, "-v", "-h"}
-    usage = " ".join(run("--help").stdout.partition("options:")[2].split())
+    usage = " ".join(run("--help").stdout.partition("browsers.\n")[2].split())
     for option, default in options.items():
         value = re.escape(str(default))
         told = rf" [A-Z]+ [^()]*\(default: {value}[,)]" if isinstance(default, (str, int)) else ""
