@@ -6,13 +6,13 @@ First come those who help: callers, rooms, servers, screens, a simulated network
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import gc
 import hashlib
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import selectors
@@ -27,6 +27,7 @@ import unicodedata
 import urllib.request
 import weakref
 from collections import Counter
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from unittest import mock
@@ -37,12 +38,19 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import batchat
-from batchat import Chat, Limiter, Log, Outbox, Protocol, Settings, Telnet, Web
+from batchat import CHATTING, CLOSING, DISCONNECT, Chat, Protocol, Settings, Telnet, Web, clean
 
 BATCHAT = Path(batchat.__file__)
 GREETING = f"{batchat.BANNER}\n{batchat.WELCOME}\n\n{batchat.PROMPT}"
 GOODBYE = "* That was the last try, goodbye!\n"
-TIMEOUT = 20  # seconds that a test waits for what must come, before it gives up
+SHUTTING_DOWN = "* BATCHAT is shutting down, goodbye!\n"
+FULL = "* BATCHAT is full, please try again later.\n"
+CROWDED = "* Too many people are here from your address, please try again later.\n"
+SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+PORTS = itertools.count(4321)
+ENTER, TAB, UP, DOWN, ESCAPE = "\ue007", "\ue004", "\ue013", "\ue015", "\ue00c"
+LONG = "x" * 4000
+TIMEOUT = 20  # seconds that a test waits for what must come
 
 # Everyone tries the same examples; CI tries new ones each time (.ci/run sets BATCHAT_PROFILE), and
 # does not shrink those that fail, which takes minutes.
@@ -62,15 +70,13 @@ def cases(names: str, *rows: object, **how) -> pytest.MarkDecorator:
 
 # --------------------------------------------------------------------------
 # Those who help
-# --------------------------------------------------------------------------
-
 
 def messages_of(protocol: Protocol, *reads: bytes) -> tuple[list, bytes]:
-    """What a protocol makes of these reads: messages up to batchat.DISCONNECT, and its answers."""
+    """What a protocol makes of these reads: messages up to DISCONNECT, and answers."""
     messages: list = []
     for read in reads:
         protocol.feed(read)
-        while messages[-1:] != [batchat.DISCONNECT]:
+        while messages[-1:] != [DISCONNECT]:
             message = protocol.next()
             if message is None:
                 break
@@ -111,12 +117,6 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in zip(places, places[1:]) if a < b]
 
 
-def kept_by(protocol: Protocol) -> int:
-    names = [name for kind in type(protocol).__mro__ for name in getattr(kind, "__slots__", ())]
-    values = [getattr(protocol, name) for name in names]
-    return sum(len(value) for value in values if isinstance(value, bytes))
-
-
 HANDSHAKE = {
     "Host": "chat.example:1338",
     "Upgrade": "websocket",
@@ -127,7 +127,7 @@ HANDSHAKE = {
 }
 
 
-def request(changes: dict[str, str | None], line: str = "GET /chat HTTP/1.1") -> bytes:
+def request(changes: dict[str, str | None], line="GET /chat HTTP/1.1") -> bytes:
     """The head of a request with a handshake's headers; a change of None leaves one out."""
     headers = {**HANDSHAKE, **changes}
     lines = [line, *(f"{name}: {value}" for name, value in headers.items() if value is not None)]
@@ -137,7 +137,7 @@ def request(changes: dict[str, str | None], line: str = "GET /chat HTTP/1.1") ->
 OPENING = request({})
 
 
-def forwarded(addresses: str | None, line: str = "GET /chat HTTP/1.1") -> bytes:
+def forwarded(addresses: str | None, line="GET /chat HTTP/1.1") -> bytes:
     return request({"X-Forwarded-For": addresses}, line)
 
 
@@ -183,22 +183,18 @@ def events_in(data: bytes) -> list[dict]:
     return [json.loads(payload) for kind, payload in frames_of(data) if kind == 0x81]
 
 
-PORTS = itertools.count(4321)
-
-
 class Guest(batchat.Person):
     """Somebody in a chat without sockets."""
 
-    def __init__(self, chat: Chat, host="127.0.0.1", protocol=Telnet) -> None:
-        origin = f"{host} port {next(PORTS)}"
-        super().__init__(origin, chat.logs[protocol], 10, chat.limiter.now)
+    def __init__(self, chat: Chat, host="127.0.0.1", protocol=Telnet):
+        super().__init__(f"{host} port {next(PORTS)}", chat.logs[protocol], 10, chat.limiter.now)
         self.chat = chat
         if protocol is Web:
             messages_of(self.protocol, OPENING)
         chat.limiter.connect(self, host)
         chat.greet(self)
 
-    def types(self, *lines: batchat.Message) -> None:
+    def types(self, *lines: batchat.Message):
         for line in lines:
             self.chat.handle(self, line)
 
@@ -211,17 +207,17 @@ class Guest(batchat.Person):
             return "".join(f"{text.decode()}\n" for kind, text in frames_of(shown) if kind == 0x81)
         return shown.decode().replace("\r\n", "\n")
 
-    def expect(self, text: str) -> None:
+    def expect(self, text: str):
         assert self.read() == text
 
 
 class Room:
-    def __init__(self, **settings) -> None:
+    def __init__(self, **settings):
         self.limiter = Limiter(Settings(**settings), 0.0)
         self.chat = Chat((Telnet, Web), self.limiter)
         self.guests: list[Guest] = []
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float):
         self.limiter.now += seconds
 
     def caller(self, *lines: str, **where) -> Guest:
@@ -231,9 +227,9 @@ class Room:
         guest.types(*lines)
         return guest
 
-    def join(self, name: str, host: str = "127.0.0.1", protocol: type[Protocol] = Telnet) -> Guest:
+    def join(self, name: str, host="127.0.0.1", protocol=Telnet) -> Guest:
         guest = self.caller(name, host=host, protocol=protocol)
-        assert guest.state is batchat.CHATTING
+        assert guest.state is CHATTING
         self.guests.append(guest)
         for each in self.guests:
             each.read()
@@ -261,35 +257,34 @@ def hey(name: str) -> str:
     return f"Hey, {name}! Hope you enjoy the chat.\n\n"
 
 
-class House(contextlib.AbstractContextManager):
-    """A reactor over real sockets; it runs, and its clock goes, only when a test says so."""
+class House(AbstractContextManager):
+    """A reactor over real sockets; a test runs it, and moves its clock."""
 
-    def __init__(self, kind: type[selectors.BaseSelector], **limits: int) -> None:
+    def __init__(self, kind: type[selectors.BaseSelector], **limits: int):
         self.now = 1000.0
         listeners = {socket.create_server(("127.0.0.1", 0)): each for each in (Telnet, Web)}
         self.addresses = {each: listener.getsockname() for listener, each in listeners.items()}
-        limits = {"rate": 10, "max_connections": 1000, "max_per_address": 100, **limits}
         self.reactor = batchat.Reactor(listeners, Settings(**limits), kind(), lambda: self.now)
         self.reactor._timeout = lambda: 0
         self.callers: list[Caller] = []
 
-    def calls(self, sends: bytes, protocol: type[Protocol] = Telnet, buffer: int = 0) -> Caller:
+    def calls(self, sends: bytes, protocol=Telnet, buffer=0) -> Caller:
         self.callers.append(Caller(self.addresses[protocol], protocol, buffer))
         self.callers[-1].sock.send(sends)
         return self.callers[-1]
 
-    def run_once(self) -> None:
+    def run_once(self):
         self.reactor.run_once()
         for caller in self.callers:
             caller.receives()
 
-    def wait(self, seconds: float = 0) -> None:
+    def wait(self, seconds=0):
         """Let time pass, and run until nothing more happens."""
         self.now += seconds
         for _ in range(50):
             self.run_once()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         for each in [*self.callers, *self.reactor.connections]:
             each.sock.close()
         for listener in self.reactor.listeners:
@@ -298,9 +293,9 @@ class House(contextlib.AbstractContextManager):
 
 
 class Caller:
-    """Somebody at the other end of a real socket, for whom the system may keep a small `buffer`."""
+    """Somebody at the other end of a real socket, perhaps with a small receive `buffer`."""
 
-    def __init__(self, address: tuple, protocol: type[Protocol], buffer: int) -> None:
+    def __init__(self, address: tuple, protocol: type[Protocol], buffer: int):
         self.protocol = protocol
         self.sock = socket.socket()
         if buffer:
@@ -310,7 +305,7 @@ class Caller:
         self.got = bytearray()
         self.reading = True
 
-    def receives(self) -> None:
+    def receives(self):
         if self.reading and self.sock.fileno() >= 0:
             try:
                 data = self.sock.recv(1 << 20)
@@ -325,8 +320,8 @@ class Caller:
 
 @pytest.fixture(params=[selectors.DefaultSelector, selectors.SelectSelector])
 def houses(request):
-    """Makes houses; once with the best selector that the system has, once with the least."""
-    with contextlib.ExitStack() as stack:
+    """Makes houses; once with the best selector of the system, once with the least."""
+    with ExitStack() as stack:
         yield lambda **limits: stack.enter_context(House(request.param, **limits))
 
 
@@ -339,7 +334,7 @@ def our_end(houses) -> socket.socket:
     return next(iter(house.reactor.connections)).sock
 
 
-def assert_nothing_is_kept(reactor: batchat.Reactor) -> None:
+def assert_nothing_is_kept(reactor: batchat.Reactor):
     quotas = [reactor.limiter.everyone, *reactor.limiter.addresses.values()]
     kept = [reactor.connections, reactor.ready, reactor.blocked]
     kept += [reactor.chat.people, reactor.chat.changed, reactor.chat._ignorers]
@@ -347,7 +342,7 @@ def assert_nothing_is_kept(reactor: batchat.Reactor) -> None:
     assert not any([*kept, *(log.readers for log in reactor.chat.logs.values())])
 
 
-def command_line(*options: str, descriptors: int = 0, first: str = "") -> list[str]:
+def command_line(*options: str, descriptors=0, first="") -> list[str]:
     """How to start it, perhaps after a `first` command of the shell."""
     command = [sys.executable, str(BATCHAT), *options]
     if descriptors:
@@ -355,17 +350,17 @@ def command_line(*options: str, descriptors: int = 0, first: str = "") -> list[s
     return ["sh", "-c", f'{first}; exec "$@"', "sh", *command] if first else command
 
 
-def run(*options: str, descriptors: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run it where it ends by itself."""
-    command = command_line(*options, descriptors=descriptors)
-    return subprocess.run(command, capture_output=True, check=False, text=True, timeout=TIMEOUT)
+def run(*command: str, **how) -> subprocess.CompletedProcess[str]:
+    how = {"capture_output": True, "text": True, "timeout": TIMEOUT, **how}
+    return subprocess.run(command, check=False, **how)
 
 
-class Server(contextlib.AbstractContextManager):
+class Server(AbstractContextManager):
     """`python batchat.py` in a process of its own, on free ports."""
 
-    def __init__(self, *options: str, descriptors: int = 0, first: str = "", **how) -> None:
-        command = command_line("--port", "0", *options, descriptors=descriptors, first=first)
+    def __init__(self, *options: str, descriptors=0, first="", **how):
+        options = ("--port", "0", "--web-port", "0", *options)
+        command = command_line(*options, descriptors=descriptors, first=first)
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
         self.process = subprocess.Popen(command, **how)
         self.opening_line = self.process.stdout.readline() + self.process.stdout.readline()
@@ -373,44 +368,49 @@ class Server(contextlib.AbstractContextManager):
         web = re.search(r"http://.*:(\d+)/", self.opening_line)
         self.web_port = int(web[1]) if web else 0
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.process.kill()
         self.process.communicate()
 
-    def call(self, host: str = "127.0.0.1") -> Line:
+    def call(self, host="127.0.0.1") -> Line:
         return Line(socket.create_connection((host, self.port), timeout=TIMEOUT))
 
-    def join(self, name: str, host: str = "127.0.0.1") -> Line:
+    def join(self, name: str, host="127.0.0.1") -> Line:
         line = self.call(host)
         line.types(name)
         line.expect(GREETING + hey(name))
         return line
 
     def ends(self) -> tuple[int, str]:
-        """Wait for it to end; returns its exit status and what it wrote to standard error."""
+        """Wait for its end; returns its exit status and what it wrote to standard error."""
         _, log = self.process.communicate(timeout=TIMEOUT)
         return self.process.returncode, log
 
 
-class Line(contextlib.AbstractContextManager):
+@pytest.fixture
+def server():
+    with Server() as server:
+        yield server
+
+
+class Line(AbstractContextManager):
     """A plain blocking socket, whose every byte is accounted for."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket):
         self.sock = sock
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.sock.close()
 
-    def types(self, *lines: str) -> None:
+    def types(self, *lines: str):
         self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode())
 
-    def expect(self, text: str) -> None:
-        """Wait for this text, and see that nothing else comes before it."""
+    def expect(self, text: str):
+        """Wait for this text; nothing else may come before it."""
         expected, got = crlf(text), b""
         while len(got) < len(expected):
             more = self.sock.recv(len(expected) - len(got))
-            assert more, f"the line ended after {got!r}"
-            got += more
+            got += more or pytest.fail(f"the line ended after {got!r}")
         assert got == expected
 
     def rest(self) -> str:
@@ -418,64 +418,60 @@ class Line(contextlib.AbstractContextManager):
         with self.sock:
             return b"".join(iter(lambda: self.sock.recv(4096), b"")).decode()
 
-    def sees_the_end(self) -> None:
-        assert self.rest() == ""
 
-
-def wait_until(condition) -> None:
+def wait_until(condition, wanted=""):
     """Wait for what happens in other processes."""
     give_up = time.monotonic() + 3 * TIMEOUT
     while True:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if condition():
                 return
-        assert time.monotonic() < give_up, "waited in vain"
-        time.sleep(0.05)
+        assert time.monotonic() < give_up, f"waited in vain {wanted}"
+        time.sleep(0.01)
 
 
-class Terminal(contextlib.AbstractContextManager):
+class Terminal(AbstractContextManager):
     """A real telnet on a pseudo-terminal."""
 
-    def __init__(self, port: int, *options: str) -> None:
+    def __init__(self, port: int, *options: str):
         import pty
 
         self.process, self.screen = pty.fork()
         if not self.process:
             os.environ["LC_ALL"] = "C.UTF-8"
             os.execvp("telnet", ["telnet", *options, "127.0.0.1", str(port)])
+        os.set_blocking(self.screen, False)
         self.seen = b""
         self.shows("Connected to 127.0.0.1.\n")
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
+    def __exit__(self, *_):
+        with suppress(ProcessLookupError):
             os.kill(self.process, signal.SIGKILL)
         os.waitpid(self.process, 0)
         os.close(self.screen)
 
-    def join(self, name: str) -> None:
+    def join(self, name: str):
         self.shows(batchat.PROMPT)
         self.types(f"{name}\n")
         self.shows(hey(name))
 
-    def types(self, keys: str) -> None:
+    def types(self, keys: str):
         os.write(self.screen, keys.encode())
 
-    def shows(self, text: str) -> None:
+    def shows(self, text: str):
         """Wait for this text on the screen, and forget all up to it."""
-        wanted, give_up = crlf(text), time.monotonic() + TIMEOUT
-        while wanted not in self.seen:
-            assert time.monotonic() < give_up, (text, self.seen)
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.screen, selectors.EVENT_READ)
-                if selector.select(1):
-                    try:
-                        self.seen += os.read(self.screen, 4096)
-                    except OSError:  # how Linux says that telnet has ended
-                        assert wanted in self.seen, (text, self.seen)
+        wanted = crlf(text)
+
+        def is_there() -> bool:
+            with suppress(OSError):  # nothing is there yet, or telnet has ended
+                self.seen += os.read(self.screen, 4096)
+            return wanted in self.seen
+
+        wait_until(is_there, text)
         self.seen = self.seen.partition(wanted)[2]
 
 
-class Chromium(contextlib.AbstractContextManager):
+class Chromium(AbstractContextManager):
     """A real browser, driven through chromedriver (W3C WebDriver)."""
 
     ARGUMENTS = (
@@ -484,12 +480,10 @@ class Chromium(contextlib.AbstractContextManager):
         " window-size=800,500"
     )
 
-    def __init__(self) -> None:
+    def __init__(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.driver = subprocess.Popen(
-            ["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"], **SILENT)
         self.path = f"http://127.0.0.1:{port}"
         wait_until(lambda: self._ask("GET", "/status")["ready"])
         options = {
@@ -499,8 +493,8 @@ class Chromium(contextlib.AbstractContextManager):
         session = self._ask("POST", "/session", capabilities={"alwaysMatch": options})
         self.path += "/session/" + session["sessionId"]
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
+    def __exit__(self, *_):
+        with suppress(OSError):
             self._ask("DELETE", "")
         self.driver.kill()
         self.driver.wait()
@@ -512,49 +506,46 @@ class Chromium(contextlib.AbstractContextManager):
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)["value"]
 
-    def loads(self, server: Server) -> None:
+    def loads(self, server: Server):
         """Load a server's page, which knows nothing of an earlier one."""
         self.does("if (location.protocol === 'http:') sessionStorage.clear()")
         self._ask("POST", "/url", url=f"http://localhost:{server.web_port}/")
         self.complaints()  # about what was open before
 
-    def opens(self, server: Server) -> None:
+    def opens(self, server: Server):
         """The same, and wait until it asks for a name."""
         self.loads(server)
         self.gives("state === 'naming' && document.activeElement === input")
 
-    def joins(self, server: Server, name: str) -> None:
+    def joins(self, server: Server, name: str):
         self.opens(server)
         self.enters(name)
         self.gives("state === 'chatting' && !asked")
 
-    def reloads(self) -> None:
+    def reloads(self):
         self._ask("POST", "/refresh")
         self.gives("document.activeElement === input")
 
-    def receives(self, *events: dict) -> None:
-        """Let the page receive events."""
+    def receives(self, *events: dict):
         self.does(f"for (const event of {json.dumps(events)}) receive(event)")
 
-    def lines(self, inside: str = "#lines") -> list[str]:
+    def lines(self, inside="#lines") -> list[str]:
         """The lines on the screen, without their times."""
-        return self.does(
-            f"return [...document.querySelectorAll('{inside} p')].map(line =>"
-            "[...line.childNodes].map(it => it.nodeName === 'TIME' ? '' : it.textContent).join(''))"
-        )
+        time = "it.querySelector('time')?.textContent.length"
+        return self.finds(f"{inside} p", f"textContent.slice({time})")
 
     def does(self, script: str):
         return self._ask("POST", "/execute/sync", script=script, args=[])
 
-    def gives(self, expression: str, value: object = True) -> None:
+    def gives(self, expression: str, value: object = True):
         """Wait until an expression has a value."""
         got, give_up = None, time.monotonic() + 3 * TIMEOUT
         while got != value and time.monotonic() < give_up:
-            with contextlib.suppress(OSError):  # for as long as it cannot be evaluated
+            with suppress(OSError):  # for as long as it cannot be evaluated
                 got = self.does("return " + expression)
         assert got == value, expression
 
-    def shows(self, text: str) -> None:
+    def shows(self, text: str):
         self.gives(f"document.body.innerText.includes({json.dumps(text)})")
 
     def finds(self, selector: str, what: str) -> list:
@@ -563,18 +554,18 @@ class Chromium(contextlib.AbstractContextManager):
             f"return [...document.querySelectorAll('{selector}')].map(it => it.{what})"
         )
 
-    def types(self, text: str) -> None:
+    def types(self, text: str):
         """Press keys, wherever the keyboard is."""
         keys = [{"type": kind, "value": key} for key in text for kind in ("keyDown", "keyUp")]
         self._ask("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": keys}])
 
-    def enters(self, *lines: str) -> None:
+    def enters(self, *lines: str):
         self.types("".join(line + ENTER for line in lines))
 
-    def emulates(self, command: str, **how: object) -> None:
+    def emulates(self, command: str, **how: object):
         self._ask("POST", "/goog/cdp/execute", cmd=command, params=how)
 
-    def sized(self, width: int, height: int, mobile: bool = False) -> None:
+    def sized(self, width: int, height: int, mobile=False):
         how = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.emulates("Emulation.setDeviceMetricsOverride", **how)
 
@@ -583,11 +574,8 @@ class Chromium(contextlib.AbstractContextManager):
         return [entry["message"] for entry in self._ask("POST", "/se/log", type="browser")]
 
 
-ENTER, TAB, UP, DOWN, ESCAPE = "\ue007", "\ue004", "\ue013", "\ue015", "\ue00c"
-
-
 @pytest.fixture(scope="module")
-def chromium():
+def mike():
     if not shutil.which("chromedriver"):
         pytest.skip("chromedriver is not installed")
     with Chromium() as browser:
@@ -596,27 +584,26 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def page_server():
-    with Server("--web-port", "0") as server:
+    with Server() as server:
         yield server
 
 
 @pytest.fixture
-def jonny(chromium, page_server):
-    """Somebody with telnet, in a room with mike, who has Chromium."""
-    chromium.joins(page_server, "mike")
+def jonny(mike, page_server):
+    """Somebody with telnet, in a room with mike, who is in Chromium."""
+    mike.joins(page_server, "mike")
     with page_server.join("jonny") as jonny:
-        chromium.shows("* jonny has joined the chat")
+        mike.shows("* jonny has joined the chat")
         yield jonny
 
 
 # --------------------------------------------------------------------------
 # A simulated network
-# --------------------------------------------------------------------------
 
 # The real reactor, chat and protocols run on sockets, a selector and a clock that are stricter
-# and less reliable than real ones.  Beside them runs a model.  It takes what is shown from the
-# calls of the real Chat (publish, send_raw, disconnect), and decides by itself which peers must
-# be sent it, in which order and until when.  After each iteration the two are compared.
+# and less reliable than real ones.  A model takes what is shown from the calls of the real Chat
+# (publish, send_raw, disconnect), and decides by itself which peers must be sent it, in which
+# order and until when.  After each iteration the two are compared.
 
 # Limits so small that a few lines reach them.
 SMALL_LIMITS = {
@@ -643,7 +630,7 @@ class Peer:
 
     connection: batchat.Connection  # since it was accepted
 
-    def __init__(self, world: World, protocol: type[Protocol], host: str, low_water: int) -> None:
+    def __init__(self, world: World, protocol: type[Protocol], host: str, low_water: int):
         self.world, self.protocol, self.host = world, protocol, host
         # The client and the network
         self.typed = self.arrived = b""  # sent to the server: all; what it has not read yet
@@ -666,7 +653,7 @@ class Peer:
         self.why = ""  # the reason for disconnecting
         self.untaken = self.waited = 0  # bytes that the server has to take; iterations without it
 
-    def types(self, *lines: str) -> None:
+    def types(self, *lines: str):
         self.type(b"".join(line_on(self.protocol, line) for line in lines))
 
     def read(self) -> str:
@@ -676,29 +663,29 @@ class Peer:
             return "".join(map(batchat.text_of, events_in(got)))
         return got.decode().replace("\r\n", "\n")
 
-    def expect(self, text: str) -> None:
+    def expect(self, text: str):
         assert self.read() == text
 
-    def type(self, data: bytes) -> None:
+    def type(self, data: bytes):
         if not (self.ended or self.broken):
             self.typed += data
             self.arrived += data
 
-    def says(self, line: str, times: int = 1) -> None:
+    def says(self, line: str, times=1):
         self.types(*[line] * times)
 
-    def sends(self, data: tuple[bytes, bytes]) -> None:
+    def sends(self, data: tuple[bytes, bytes]):
         self.type(data[self.protocol is Web])
 
-    def accepts(self, room: int, speed: int = 0) -> None:
+    def accepts(self, room: int, speed=0):
         """From now on, the client reads so many bytes, and then so many a second."""
         self.room = room if self.room == UNLIMITED else max(room, self.room)  # no buffer shrinks
         self.speed = speed
 
-    def ends(self) -> None:
+    def ends(self):
         self.ended = True
 
-    def break_down(self, error: int, loses: bool = False) -> None:
+    def break_down(self, error: int, loses=False):
         """Perhaps what the server has not read yet is lost, too."""
         if self.stage != "queued" and not self.broken:
             self.broken = error
@@ -706,21 +693,16 @@ class Peer:
                 self.typed = self.typed[: len(self.typed) - len(self.arrived)]
                 self.arrived = b""
 
-    def call_fails(self, call: str, error: int) -> None:
+    def call_fails(self, call: str, error: int):
         self.faults[call] = error
 
-    def send_fails(self, error: int, times: int) -> None:
+    def send_fails(self, error: int, times: int):
         self.send_error, self.sends_to_fail = error, times
 
     # The model
-
-    def must_be_sent(self, data: bytes) -> None:
+    def must_be_sent(self, data: bytes):
         if not self.sock.error_seen:
             self.expected += data
-
-    @property
-    def name(self) -> str:
-        return self.connection.name
 
     @property
     def unsent(self) -> int:
@@ -752,23 +734,17 @@ class Peer:
             "shutdown": world.reactor.ends_at != NEVER,
         }
 
-    @property
-    def may_be_closed(self) -> bool:
-        done = self.sock.end_seen and not self.unsent
-        dropped = self.why in ("lost", "too far behind", "too many connections")
-        return done or dropped or any(self.may_be_dropped.values())
-
 
 class SimulatedFile:
-    """A socket that fails a test where a real one might not complain."""
+    """A socket that fails a test where a real one may not complain."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World):
         self.world = world
         self.faults: dict[str, int] = {}  # what the next call of a kind fails with
         self.failed = 0  # the errno of a call that failed
         self.closed = False
 
-    def call(self, name: str) -> None:
+    def call(self, name: str):
         """How each call begins: it may fail, once, at any time."""
         assert not self.closed, name
         self.world.work += 1
@@ -781,11 +757,11 @@ class SimulatedFile:
     def getsockname(self) -> tuple[str, int]:
         return "127.0.0.1", 1337
 
-    def setblocking(self, blocking: bool) -> None:
+    def setblocking(self, blocking: bool):
         assert not blocking
         self.call("setblocking")
 
-    def close(self) -> None:
+    def close(self):
         try:
             self.call("close")
         finally:
@@ -795,18 +771,18 @@ class SimulatedFile:
 class SimulatedSocket(SimulatedFile):
     """The server's end of a connection."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer):
         super().__init__(peer.world)
         self.peer = peer
         self.end_seen = False  # the server knows that the peer sends nothing more
         self.error_seen = False  # it knows that the connection is broken, or has given it up
         self.shut = False
 
-    def setblocking(self, blocking: bool) -> None:
+    def setblocking(self, blocking: bool):
         *_, self.peer.connection = self.world.reactor.connections
         super().setblocking(blocking)
 
-    def setsockopt(self, *option: int) -> None:
+    def setsockopt(self, *option: int):
         self.call("setsockopt")
         raise OSError(errno.ENOPROTOOPT, "a kernel that has none of them")
 
@@ -872,7 +848,7 @@ class SimulatedSocket(SimulatedFile):
         peer.got += data[:taken]
         return taken
 
-    def shutdown(self, how: int) -> None:
+    def shutdown(self, how: int):
         self.call("shutdown")
         if how == socket.SHUT_RDWR:
             self.see_error()
@@ -881,20 +857,22 @@ class SimulatedSocket(SimulatedFile):
         self.shut = True
         self.peer.ended |= how == socket.SHUT_RDWR or self.world.polite
 
-    def close(self) -> None:
-        assert self.peer.may_be_closed, "closed without a reason"
+    def close(self):
+        peer, dropped = self.peer, ("lost", "too far behind", "too many connections")
+        done = self.end_seen and not peer.unsent
+        assert done or peer.why in dropped or any(peer.may_be_dropped.values()), "without a reason"
         super().close()
 
 
 class SimulatedListener(SimulatedFile):
     """A socket that listens; or that tells the server to stop."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World):
         super().__init__(world)
         self.waiting: list = []
         self.error = self.fails_until = 0.0  # what accept fails with, and registering it
 
-    def call(self, name: str) -> None:
+    def call(self, name: str):
         if name in ("accept", "register") and self.world.now < self.fails_until:
             self.faults[name] = self.error
         super().call(name)
@@ -915,21 +893,21 @@ class SimulatedListener(SimulatedFile):
 class SimulatedSelector:
     """As strict as epoll; when a call fails, the socket is no longer registered."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World):
         self.world = world
         self.keys: dict = {}
 
-    def register(self, sock, events: int, data=None) -> None:
+    def register(self, sock, events: int, data=None):
         assert sock not in self.keys and not sock.closed
         sock.call("register")
         self.keys[sock] = selectors.SelectorKey(sock, 0, events, data)
 
-    def modify(self, sock, events: int, data=None) -> None:
+    def modify(self, sock, events: int, data=None):
         assert self.keys.pop(sock).events != events
         sock.call("modify")
         self.keys[sock] = selectors.SelectorKey(sock, 0, events, data)
 
-    def unregister(self, sock) -> None:
+    def unregister(self, sock):
         assert not sock.closed
         del self.keys[sock]
         sock.call("unregister")
@@ -944,21 +922,21 @@ class SimulatedSelector:
     def select(self, timeout: float) -> list:
         while timeout > 0 and not self._ready() and not self.world.woken:
             timeout -= self.world.sleep(timeout)
-        ready = self._ready()
-        self.world.oversleep()
+        ready, world = self._ready(), self.world
+        # What the server does not know until select returns
+        world.late_by, world.jump = world.jump, 0.0
+        world.pass_by(world.late_by + 1e-9)  # no system wakes anybody too early
         return ready
 
 
 class WatchedReactor(batchat.Reactor):
     """The real reactor, and what must be so in each of its iterations."""
 
-    world: World
-
     def progress(self) -> tuple[int, int]:
         """What changes in each iteration that does something."""
         return self.world.work, sum(len(each.read_buffer) for each in self.connections)
 
-    def run_once(self) -> None:
+    def run_once(self):
         world, began_at, before = self.world, self.world.now, self.progress()
         world.iterations += 1
         world.pass_by(world.drift)
@@ -972,15 +950,14 @@ class WatchedReactor(batchat.Reactor):
 
 
 class WatchedChat(Chat):
-    """The real chat; the model takes note of everything that anybody must be sent."""
+    """The real chat; the model notes what anybody must be sent."""
 
-    world: World
     speaker: Peer | None = None  # whose message is being handled
 
-    def handle(self, person, message) -> None:
+    def handle(self, person, message):
         world, peer = self.world, person.sock.peer
         assert peer.is_here
-        assert not world.was_paused or message is batchat.DISCONNECT
+        assert not world.was_paused or message is DISCONNECT
         self.speaker = peer
         world.work += 1
         if message or not peer.sock.error_seen:
@@ -990,16 +967,16 @@ class WatchedChat(Chat):
         ignore = re.fullmatch(r"/ignore (\w+)", message) if isinstance(message, str) else None
         if ignore and peer.stage == "chatting":
             key = batchat.name_key(ignore[1])
-            others = [each for each in world.inside if batchat.name_key(each.name) == key]
-            peer.ignored ^= {*others} - {peer}
+            others = {p for p in world.inside if batchat.name_key(p.connection.name) == key}
+            peer.ignored ^= others - {peer}
         super().handle(person, message)
         self.speaker = None
 
-    def send_raw(self, person, data: bytes) -> None:
+    def send_raw(self, person, data: bytes):
         person.sock.peer.must_be_sent(data)
         super().send_raw(person, data)
 
-    def publish(self, kind: str, person, **fields) -> None:
+    def publish(self, kind: str, person, **fields):
         before = {log: log.end for log in self.logs.values()}
         super().publish(kind, person, **fields)
         subject, most = person.sock.peer, batchat.WINDOW + 4 * (batchat.LINE_LIMIT + 100)
@@ -1013,10 +990,9 @@ class WatchedChat(Chat):
         if kind == "joined":
             subject.stage = "chatting"
 
-    def disconnect(self, person, reason: str, *how) -> None:
+    def disconnect(self, person, reason: str, *how):
         peer = person.sock.peer
-        asked_for = bool(self.speaker or person.rejected)
-        assert peer.may_be_dropped.get(reason, asked_for), reason
+        assert peer.may_be_dropped.get(reason, self.speaker or person.rejected), reason
         self.world.reached[reason] += 1
         peer.why, peer.stage = reason, "closing"
         super().disconnect(person, reason, *how)
@@ -1025,7 +1001,7 @@ class WatchedChat(Chat):
 class World:
     """The server, its clients, the network between them, and the model."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings):
         self.settings = settings
         self.now = START
         self.drift = 0.0  # seconds that each iteration takes
@@ -1033,7 +1009,7 @@ class World:
         self.late_by = 0.0  # seconds by which it overslept this time
         self.polite = False  # peers close as soon as the server does
         self.budget = 0.0  # seconds that the server may sleep before the next step
-        self.woken = False  # by the next step, and not by anything that it waited for
+        self.woken = False  # by the next step, not by what it waited for
         self.iterations = 0
         self.work = 0  # what was done so far, in calls and messages
         self.idle: list[float] = []  # when nothing was done in the last iterations
@@ -1065,8 +1041,8 @@ class World:
         peer.types(name)
         return peer
 
-    def wait(self, seconds: float = 0.01) -> None:
-        """Let time pass; the server does everything that it has to do until then."""
+    def wait(self, seconds=0.01):
+        """Let time pass; the server does all that it has to do."""
         self.budget, self.segment, self.woken = seconds, UNLIMITED, False
         for _ in range(10_000):
             if self.woken:
@@ -1074,7 +1050,7 @@ class World:
             self.reactor.run_once()
         raise AssertionError("the event loop never waits")
 
-    def take(self, step: str, *how) -> None:
+    def take(self, step: str, *how):
         """Take a step of the world, or of somebody who is connected."""
         if not hasattr(Peer, step):
             getattr(self, step)(*how)
@@ -1084,22 +1060,22 @@ class World:
         if peers:
             getattr(peers[-1 - number % len(peers)], step)(*how)
 
-    def floods(self, number: int, line: str, other: int, room: int, speed: int) -> None:
+    def floods(self, number: int, line: str, other: int, room: int, speed: int):
         """One says a lot, and one reads slowly; both may be the same."""
         self.take("accepts", other, room, speed)
         self.take("says", number, line, 70)
 
-    def listener_fails(self, protocol, error: int) -> None:
+    def listener_fails(self, protocol, error: int):
         listener = self.listeners[protocol]
         listener.error, listener.fails_until = error, self.now + 1.5
 
-    def run_once(self, times: int = 1, segment: float = UNLIMITED) -> None:
+    def run_once(self, times=1, segment=UNLIMITED):
         self.segment = segment
         for _ in range(times):
             self.budget = 0.0
             self.reactor.run_once()
 
-    def jumps(self, seconds: float) -> None:
+    def jumps(self, seconds: float):
         """The next iteration comes late: the machine was busy, or suspended."""
         self.jump = seconds
 
@@ -1114,19 +1090,13 @@ class World:
         self.pass_by(seconds)
         return seconds
 
-    def pass_by(self, seconds: float) -> None:
+    def pass_by(self, seconds: float):
         self.now += seconds
         for peer in self.peers:
             if peer.speed and peer.is_full:
                 peer.room += int(peer.speed * seconds)
 
-    def oversleep(self) -> None:
-        """What the server does not know until select returns."""
-        self.late_by, self.jump = self.jump, 0.0
-        self.pass_by(self.late_by + 1e-9)  # no system wakes anybody too early
-
     # The model, and what must be so after each iteration
-
     @property
     def inside(self) -> list[Peer]:
         return [each for each in self.peers if each.stage == "chatting"]
@@ -1135,13 +1105,13 @@ class World:
     def open(self) -> list[Peer]:
         return [each for each in self.peers if each.stage != "queued" and not each.sock.closed]
 
-    def check(self) -> None:
+    def check(self):
         reactor, people = self.reactor, self.reactor.chat.people
         assert {*reactor.connections} == {each.connection for each in self.open}
         assert {*people.values()} == {each.connection for each in self.inside}
         assert len(people) <= self.settings.max_people or not self.settings.max_people
         for log in reactor.chat.logs.values():
-            if log.offered == log.end:  # else more was published after everybody was sent the log
+            if log.offered == log.end:  # else more was published since
                 lags = [each.outbox.lag for each in reactor.connections if each.outbox.log is log]
                 assert len(log.data) <= max([0, *lags]), "more of the log is kept than is needed"
         self.check_limits()
@@ -1149,12 +1119,11 @@ class World:
         assert reactor.paused == bool(late)
         self.reached["paused"] += reactor.paused
         share = batchat.STALL_RECOVERY / (1 + batchat.STALL_RECOVERY)
-        most = batchat.STALL_SECONDS + share * (self.now - START)
-        assert self.paused_seconds <= most + 1e-3
+        assert self.paused_seconds <= batchat.STALL_SECONDS + share * (self.now - START) + 1e-3
         for peer in self.open:
             self.check_connection(peer, peer.connection)
 
-    def check_limits(self) -> None:
+    def check_limits(self):
         """How many are connected, and how much each and each address may say."""
         limiter, rate = self.reactor.limiter, self.settings.rate
         for quota in [limiter.everyone, *limiter.addresses.values()]:
@@ -1169,7 +1138,7 @@ class World:
             share *= batchat.LOCALHOST_SHARE if who == batchat.LOCALHOST else 1
             assert tokens <= rate * share * (self.now - START + batchat.BURST_SECONDS) + 1
 
-    def check_connection(self, peer: Peer, connection: batchat.Connection) -> None:
+    def check_connection(self, peer: Peer, connection: batchat.Connection):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
         late = self.now - self.late_by - connection.deadline
         assert late <= batchat.TICK_SECONDS + 0.1, "out of time"
@@ -1187,9 +1156,8 @@ class World:
         assert peer.waited <= len(self.reactor.connections) + 1, "read too late"
 
     # In the end
-
-    def drain(self) -> None:
-        """Let everyone read and time pass, until nothing is under way any more."""
+    def drain(self):
+        """Let everyone read and time pass, until nothing is under way."""
         for peer in self.peers:
             peer.room = UNLIMITED
         for _ in range(200):
@@ -1200,21 +1168,21 @@ class World:
                 return
         raise AssertionError("something is never done")
 
-    def check_that_nothing_is_lost(self) -> None:
+    def check_nothing_is_lost(self):
         for peer in self.peers:
             typed, _ = messages_of(peer.protocol(), peer.typed) if peer.typed else ([], b"")
             handled = peer.messages
-            if handled[-1:] == [batchat.DISCONNECT] == typed[-1:]:  # it drops what has to wait
+            if handled[-1:] == [DISCONNECT] == typed[-1:]:  # it drops what has to wait
                 self.reached["interrupted"] += handled != typed
                 assert handled[:-1] == typed[: len(handled) - 1]
                 continue
-            if handled[-1:] == [batchat.DISCONNECT] and peer.sock.end_seen:
-                typed.append(batchat.DISCONNECT)
+            if handled[-1:] == [DISCONNECT] and peer.sock.end_seen:
+                typed.append(DISCONNECT)
             assert typed[: len(handled)] == handled
             reset = peer.why and peer.why == os.strerror(peer.broken) and not peer.sock.failed
             assert handled == typed or not (peer.is_here or reset)
 
-    def all_close(self) -> None:
+    def all_close(self):
         for peer in self.peers:
             peer.ended = True
         self.wait(120.0)
@@ -1222,7 +1190,7 @@ class World:
         assert all(each.banned_until > self.reactor.now - 1.1 for each in kept.values())
         assert not any(log.data for log in self.reactor.chat.logs.values())
 
-    def server_stops(self) -> None:
+    def server_stops(self):
         self.budget, self.segment, self.polite = NEVER, UNLIMITED, True
         signal = SimulatedListener(self)
         signal.waiting.append(None)
@@ -1239,15 +1207,10 @@ class World:
         well = [p for p in here if p.room == UNLIMITED and not (p.broken or p.sock.failed)]
         assert not any(each.unsent for each in well)
 
-    def stop(self, signal: SimulatedListener) -> None:
+    def stop(self, signal: SimulatedListener):
         self.selector.unregister(signal)
         self.stopped_at = self.now
         self.reactor.stop()
-
-
-def plain(replies: bytes) -> bytes:
-    """What telnet is answered, but for what depends on how its bytes were cut up."""
-    return re.sub(rb"\r(?!\n)", b"", replies.replace(ASKS_FOR_BINARY, b""))
 
 
 def line_on(protocol: type[batchat.Protocol], line: str) -> bytes:
@@ -1319,11 +1282,11 @@ ENDS = st.sampled_from(["all close", "the server stops", "the server stops at on
 WORLDS = st.tuples(SETTINGS, HISTORIES, ENDS)
 
 
-@contextlib.contextmanager
+@contextmanager
 def no_error_of_ours(**limits):
-    """While the server may log no error of its own but OurError, and has these limits."""
+    """While the server has these limits, and may log no error but OurError."""
 
-    def exception(*_: object) -> None:
+    def exception(*_: object):
         assert isinstance(sys.exc_info()[1], OurError), "an internal error"
 
     ours = mock.Mock(exception=mock.Mock(side_effect=exception))
@@ -1341,7 +1304,7 @@ def simulate(settings: Settings, history: list, end: str) -> World:
             world.take(*step)
         if end != "the server stops at once":
             world.drain()
-            world.check_that_nothing_is_lost()
+            world.check_nothing_is_lost()
         if end == "all close":
             world.all_close()
         else:
@@ -1359,16 +1322,13 @@ def worlds():
         )
 
 
-LONG = "x" * 4000
-
-
-def talk(world: World, talker: Peer, kilobytes: int) -> None:
+def talk(world: World, talker: Peer, kilobytes: int):
     talker.types(*[LONG] * (kilobytes // 4))
     world.wait()
 
 
 def stalls(world: World, name: str, **how) -> Peer:
-    """Somebody who joins, and then reads nothing any more."""
+    """Somebody who joins, and then reads nothing more."""
     peer = world.joins(name, **how)
     world.wait()
     peer.accepts(0)
@@ -1376,12 +1336,11 @@ def stalls(world: World, name: str, **how) -> Peer:
 
 
 def names(world: World) -> list[str]:
-    return [each.name for each in world.inside]
+    return [each.connection.name for each in world.inside]
 
 
 # --------------------------------------------------------------------------
 # The log and its readers
-# --------------------------------------------------------------------------
 
 KINDS = ["say", "say", "say", "send", "take", "take", "join", "leave", "lose", "trim"]
 STEP = st.tuples(st.sampled_from(KINDS), st.integers(0, 4), st.binary(min_size=1, max_size=6))
@@ -1389,8 +1348,8 @@ STEP = st.tuples(st.sampled_from(KINDS), st.integers(0, 4), st.binary(min_size=1
 
 @given(st.lists(STEP, max_size=60))
 def test_outbox_sends_what_a_plain_list_holds(steps):
-    log = Log(Telnet)
-    outboxes = [Outbox(log) for _ in range(4)]
+    log = batchat.Log(Telnet)
+    outboxes = [batchat.Outbox(log) for _ in range(4)]
     inside, expected, got = set(), [b""] * 4, [b""] * 4
     for kind, number, data in [*steps, *[("take", n, b"") for n in range(4)], ("trim", 0, b"")]:
         n = number % 4
@@ -1427,8 +1386,8 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
 
 
 def test_short_splices_are_merged():
-    log = Log(Telnet)
-    outbox = Outbox(log)
+    log = batchat.Log(Telnet)
+    outbox = batchat.Outbox(log)
     outbox.join()
     for _ in range(1000):  # their own lines
         log.append(b"own")
@@ -1464,14 +1423,12 @@ def test_news_sent_in_one_call_per_reader(world):
 
 # --------------------------------------------------------------------------
 # Start it, and join it
-# --------------------------------------------------------------------------
 
 README = (BATCHAT.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_shows_the_first_screen():
-    with Server("--web-port", "0") as server:
-        lines = server.opening_line + server.process.stdout.readline()
+def test_readme_shows_the_first_screen(server):
+    lines = server.opening_line + server.process.stdout.readline()
     for port, known in [(server.port, "1337"), (server.web_port, "1338")]:
         lines = re.sub(rf"\b{port}\b", known, lines)
     lines = re.escape(lines).replace(re.escape(socket.gethostname()), r"\S+")
@@ -1479,50 +1436,56 @@ def test_readme_shows_the_first_screen():
     assert f"$ telnet localhost 1337\n{GREETING}mike\n{hey('mike')}" in README
 
 
-def test_session_is_byte_for_byte():
-    with Server() as server:
-        jonny, stopfarm = server.join("jonny"), server.join("JStopfarm")
-        jonny.expect("* JStopfarm has joined the chat\n")
-        mike = server.join("mike")
-        for other in (jonny, stopfarm):
-            other.expect("* mike has joined the chat\n")
-        for line in ["hey everyone!", "screw you jonny you dumb loser get THE HELL OUT OF HERE"]:
-            mike.types(line)
-            for each in (jonny, stopfarm):
-                each.expect(f"<mike> {line}\n")
-            jonny.types("hi mike!")
-            for each in (mike, stopfarm):
-                each.expect("<jonny> hi mike!\n")
-        jonny.types("/quit")
-        jonny.sees_the_end()
-        mike.expect("* jonny has quit the chat\n")
-        stopfarm.types("mike is that you?")
-        mike.expect("<JStopfarm> mike is that you?\n")
+def test_session_is_byte_for_byte(server):
+    jonny, stopfarm = server.join("jonny"), server.join("JStopfarm")
+    jonny.expect("* JStopfarm has joined the chat\n")
+    mike = server.join("mike")
+    for other in (jonny, stopfarm):
+        other.expect("* mike has joined the chat\n")
+    for line in ["hey everyone!", "screw you jonny you dumb loser get THE HELL OUT OF HERE"]:
+        mike.types(line)
+        for each in (jonny, stopfarm):
+            each.expect(f"<mike> {line}\n")
+        jonny.types("hi mike!")
+        for each in (mike, stopfarm):
+            each.expect("<jonny> hi mike!\n")
+    jonny.types("/quit")
+    assert jonny.rest() == ""
+    mike.expect("* jonny has quit the chat\n")
+    stopfarm.types("mike is that you?")
+    mike.expect("<JStopfarm> mike is that you?\n")
 
 
-def test_web_port_serves_the_page_and_websocket():
-    with Server("--web-port", "0") as server:
-        mike = server.join("mike")
-        for path, wanted in [("/", batchat.PAGE), ("/hello", "Hello, World!")]:
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.web_port}{path}") as reply:
-                assert reply.read().decode() == wanted
-        with socket.create_connection(("127.0.0.1", server.web_port), timeout=TIMEOUT) as ann:
-            ann.sendall(OPENING + masked(1, b"ann") + masked(1, b"hi mike!"))
-            mike.expect("* ann has joined the chat\n<ann> hi mike!\n")
-            mike.types("hi ann!")
-            wait_until(lambda: re.search(rb'"at":\d{10},.*"hi ann!"', ann.recv(1 << 16)))
-        mike.expect("* ann has quit the chat\n")
+def test_web_port_serves_the_page_and_websocket(server):
+    mike = server.join("mike")
+    for path, wanted in [("/", batchat.PAGE), ("/hello", "Hello, World!")]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.web_port}{path}") as reply:
+            assert reply.read().decode() == wanted
+    with socket.create_connection(("127.0.0.1", server.web_port), timeout=TIMEOUT) as ann:
+        ann.sendall(OPENING + masked(1, b"ann") + masked(1, b"hi mike!"))
+        mike.expect("* ann has joined the chat\n<ann> hi mike!\n")
+        mike.types("hi ann!")
+        wait_until(lambda: re.search(rb'"at":\d{10},.*"hi ann!"', ann.recv(1 << 16)))
+    mike.expect("* ann has quit the chat\n")
 
 
 has_telnet = pytest.mark.skipif(not shutil.which("telnet"), reason="telnet is not installed")
 CLOSED = "Connection closed by foreign host."
+# Some hold bytes that are a key of telnet's without their eighth bit; most of them Ctrl-C.
+NAMES_ABROAD = """Мария Захар Ünal Åsa Łukasz Ευαγγελία Արամ محمد שרה अमित ธนา カナ
+    さくら 王小明 지우 남녀"""
+TEXTS_ABROAD = [
+    *("Привет, у меня", "Мама мыла раму", "Ünal war hier", "Γεια σου, κόσμε", "ქართული ენა"),
+    *("مرحبا يا عالم", "שמי רות", "नमस्ते दुनिया", "สวัสดีชาวโลก", "カタカナ、ッ", "你好，世界"),
+    *("안녕하세요 ㅋㅋ", *"ЃЄЅЈЏДЕКМ"),  # D0, and every key: 83, 84, 85, 88, 8F, 94, 95, 9A, 9C
+]
 
 
 @has_telnet
 @cases("leave", "/quit\n", "Мама, у\x03", "Мама, у\x04\x04")
 @cases("text", "hey everyone!", "Привет, у меня")
-def test_telnet_session_has_no_frozen_screen(text, leave):
-    with Server() as server, Terminal(server.port) as mike:
+def test_telnet_session_has_no_frozen_screen(server, text, leave):
+    with Terminal(server.port) as mike:
         mike.shows(batchat.BANNER)
         mike.join("mike")
         jonny = server.join("jonny")
@@ -1537,25 +1500,15 @@ def test_telnet_session_has_no_frozen_screen(text, leave):
         jonny.expect("* mike has quit the chat\n")
 
 
-# Some hold bytes that are a key of telnet's without their eighth bit; most of them Ctrl-C.
-NAMES_IN_MANY_ALPHABETS = """Мария Захар Ünal Åsa Łukasz Ευαγγελία Արամ محمد שרה अमित ธนา カナ
-    さくら 王小明 지우 남녀"""
-TEXTS_IN_MANY_ALPHABETS = [
-    *("Привет, у меня", "Мама мыла раму", "Ünal war hier", "Γεια σου, κόσμε", "ქართული ენა"),
-    *("مرحبا يا عالم", "שמי רות", "नमस्ते दुनिया", "สวัสดีชาวโลก", "カタカナ、ッ", "你好，世界"),
-    *("안녕하세요 ㅋㅋ", *"ЃЄЅЈЏДЕКМ"),  # D0, and every key: 83, 84, 85, 88, 8F, 94, 95, 9A, 9C
-]
-
-
 @has_telnet
 @cases("options", [], ["-E"], ["-8"], ["-L"], ids=str)
 def test_telnet_takes_many_alphabets(options):
     """In names, and in the first line after a name in ASCII."""
-    guests = [("mike", text) for text in TEXTS_IN_MANY_ALPHABETS]
-    guests += [(name, "hi") for name in NAMES_IN_MANY_ALPHABETS.split()]
+    guests = [("mike", text) for text in TEXTS_ABROAD]
+    guests += [(name, "hi") for name in NAMES_ABROAD.split()]
     if options == ["-8"]:  # in BINARY, even letters with the escape key, or with Ctrl-E
         guests += [("Мария", "Наташа ” Ý 이"), ("Мария", "公太郎 者 ✅")]
-    with Server("--no-web", "--rate", "0") as server:
+    with Server("--rate", "0") as server:
         ann = server.join("ann")
         for name, text in guests:
             with Terminal(server.port, *options) as guest:
@@ -1568,8 +1521,6 @@ def test_telnet_takes_many_alphabets(options):
 
 # --------------------------------------------------------------------------
 # What people type
-# --------------------------------------------------------------------------
-
 
 def event(kind: str, **fields) -> str:
     """An event on the WebSocket, byte for byte."""
@@ -1586,6 +1537,7 @@ KICKED, KICK = "* bob was kicked by mike", {"name": "bob", "by": "mike"}
 PSST = event("whisper", at=7, **{"from": "mike", "to": "ann", "text": "psst"})
 PEOPLE = event("people", people=[{"name": n, "operator": False} for n in ("ann", "bob", "mike")])
 COMMANDS = event("help", commands=re.findall(r"\* (.*?)  +(.+)", HELP))
+BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "9" * 5000)]
 
 
 @cases(
@@ -1608,7 +1560,7 @@ COMMANDS = event("help", commands=re.findall(r"\* (.*?)  +(.+)", HELP))
 )
 @cases("protocol", Telnet, Web)
 def test_line_is_shown_to_the_right_people(room, protocol, line, others, own, shown):
-    """As text on telnet; as an event on the WebSocket, where speakers read their own lines."""
+    """As text, or as an event on the WebSocket, where speakers read their own lines."""
     _bob, ann, mike = [room.join(name, protocol=protocol) for name in ("bob", "ann", "mike")]
     mike.operator, room.chat.at = "/kick" in line, 7
     mike.types(line)
@@ -1616,12 +1568,12 @@ def test_line_is_shown_to_the_right_people(room, protocol, line, others, own, sh
     mike.expect(own if protocol is Telnet else shown)
 
 
-@cases("line", "/quit", "/exit", "/bye", "/q", "/Quit", batchat.DISCONNECT)
+@cases("line", "/quit", "/exit", "/bye", "/q", "/Quit", DISCONNECT)
 def test_quit_leaves_the_room_and_the_prompt(room, line):
     mike, caller, ann = room.join("mike"), room.caller(), room.join("ann")
     for each in (mike, caller):
         each.types(line)
-        assert (each.read(), each.state) == ("", batchat.CLOSING)
+        assert (each.read(), each.state) == ("", CLOSING)
     ann.expect("* mike has quit the chat\n")
 
 
@@ -1639,10 +1591,7 @@ def test_quit_leaves_the_room_and_the_prompt(room, line):
     ("name_taken", "The name ANN is taken.", ["/nick ANN"]),
     ("bad_name", "A name is made of letters, digits, '_', '-' and '.' alone.", ["/nick a b"]),
     ("too_long", "A line has at most 4096 bytes; yours was not sent.", [batchat.TOO_LONG]),
-    *[
-        ("usage", "A ban takes from 1 to 525600 minutes.", [f"/ban ann {minutes}"])
-        for minutes in ("0", "-1", "525601", "soon", "9" * 5000)
-    ],
+    ("usage", "A ban takes from 1 to 525600 minutes.", BAD_BANS),
     *[("refused", f"{each} is not banned.", [f"/unban {each}"]) for each in ("1.2.3.4", "x")],
 )
 def test_refusal_goes_to_sender_only(room, code, answer, lines):
@@ -1653,7 +1602,7 @@ def test_refusal_goes_to_sender_only(room, code, answer, lines):
         mike.operator = True
         mike.types(*lines)
         assert (mike.read(), ann.read()) == (shown * len(lines), "")
-        assert (mike.state, mike.name) == (batchat.CHATTING, "mike")
+        assert (mike.state, mike.name) == (CHATTING, "mike")
         mike.types("/quit")
 
 
@@ -1700,6 +1649,7 @@ def test_ignore_ends_when_either_leaves(room, leaver):
 INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u200b\u3164\ufe00\ufe0f\uffa0\U000e0100\U000e01ef"
 BAD_NAMES = ["", "   ", "x" * 25, "two words", "<mike>", "* mike", "mike!", "a,b", "/help"]
 BAD_NAMES += ["\u0301mike", "\U0001f600", "\u3164", *(f"mi{each}ke" for each in INVISIBLE)]
+LETTERS = st.characters(categories=["L", "M", "Nd"]) | st.sampled_from("_-.")
 
 
 @cases(
@@ -1722,9 +1672,6 @@ def test_bad_or_taken_name_is_refused(room, name):
     caller.expect(hey("mike"))
 
 
-LETTERS = st.characters(categories=["L", "M", "Nd"]) | st.sampled_from("_-.")
-
-
 @given(st.text(LETTERS, min_size=1, max_size=12))
 def test_name_key_is_one_for_all_spellings(name):
     key = batchat.name_key(name)
@@ -1734,11 +1681,9 @@ def test_name_key_is_one_for_all_spellings(name):
 
 # --------------------------------------------------------------------------
 # Options
-# --------------------------------------------------------------------------
-
 
 def test_welcome_replaces_ours_and_is_cleaned():
-    with Server("--no-web", "--welcome", "Hello\x1b[2J at\tmine") as server:
+    with Server("--welcome", "Hello\x1b[2J at\tmine") as server:
         server.call().expect(GREETING.replace(batchat.WELCOME, "Hello at mine"))
 
 
@@ -1769,13 +1714,13 @@ def test_opening_lines_say_how_to_join(options, where, joins):
 
 def test_ports_are_1337_and_1338_or_a_free_one():
     host = ["--host", "127.{}.{}.{}".format(*os.urandom(3))]  # localhost, but its ports are free
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         for options, ports in [([], [1337, 1338]), (["--port", "0"], None)]:
             made = batchat.open_listeners(batchat.parse_options([*host, *options]))
             found = [stack.enter_context(each).getsockname()[1] for each in made]
             assert found == ports or (ports is None and found[1] not in (0, 1338))
         for options in ("", "--port 0 --web-port 1338"):  # which are taken now
-            done = run(*host, *options.split())
+            done = run(*command_line(*host, *options.split()))
             assert (done.returncode, done.stdout) == (1, "")
             assert re.fullmatch(r"batchat: .*port \d+: Address already in use\n", done.stderr)
 
@@ -1783,7 +1728,7 @@ def test_ports_are_1337_and_1338_or_a_free_one():
 @cases("options, least, most", ("", 40, 45), ("--rate 6", 20, 25), ("--rate 0", 100, 100))
 def test_rate_sets_how_many_lines_are_said(options, least, most):
     """Ctrl-C takes back what was not said at once; a join costs 5 lines of a burst of 5 s."""
-    with Server("--no-web", *options.split()) as server:
+    with Server(*options.split()) as server:
         ann, mike = server.join("ann"), server.call()
         mike.sock.sendall(b"mike\n" + b"hi\n" * 100 + b"\x03")
         mike.rest()
@@ -1798,8 +1743,8 @@ def test_rate_sets_how_many_lines_are_said(options, least, most):
     ("--behind-proxy --max-per-address 1", "crowded"),
 )
 def test_limits_are_as_the_options_say(options, shown):
-    """Two people join through a proxy, from one address; what is the second one shown?"""
-    with Server("--web-port", "0", *options.split()) as server, contextlib.ExitStack() as stack:
+    """Two join through a proxy, from one address; what is the second one shown?"""
+    with Server(*options.split()) as server, ExitStack() as stack:
         for name, last in [("mike", "welcome"), ("ann", shown)]:
             sock = socket.create_connection(("127.0.0.1", server.web_port), timeout=TIMEOUT)
             stack.enter_context(sock).sendall(forwarded("203.0.113.5") + masked(1, name.encode()))
@@ -1818,7 +1763,7 @@ def test_max_people_counts_people_in_the_room():
 
 
 def test_soft_descriptor_limit_is_raised():
-    with Server("--no-web", first="ulimit -S -n 64") as server:
+    with Server(first="ulimit -S -n 64") as server:
         people = [server.join(f"p{n}") for n in range(60)]
         people[-1].types("/who")
         assert people[-1].sock.recv(10) == b"* 60 here:"
@@ -1843,7 +1788,7 @@ def test_bad_option_is_explained(tmp_path, monkeypatch, options, status, text):
     for name, content in files.items():
         Path(name).write_bytes(content)
         Path(name).chmod(0o600)
-    done = run(*options.split())
+    done = run(*command_line(*options.split()))
     assert (done.returncode, done.stdout) == (status, "")
     assert re.fullmatch(text, done.stderr)
 
@@ -1851,16 +1796,14 @@ def test_bad_option_is_explained(tmp_path, monkeypatch, options, status, text):
 def test_status_is_1_after_an_error_of_the_server():
     code = "import runpy, selectors; selectors.DefaultSelector.select = None; "
     code += f"runpy.run_path({str(BATCHAT)!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, "--port", "0", "--no-web"]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
+    done = run(sys.executable, "-c", code, "--port", "0", "--no-web")
     assert done.returncode == 1
-    assert b"shutting down after an internal error" in done.stderr
+    assert "shutting down after an internal error" in done.stderr
 
 
 def test_one_file_runs_wherever_it_is_copied(tmp_path):
-    command = [sys.executable, "-I", shutil.copy(BATCHAT, tmp_path), "--version"]
-    shown = subprocess.check_output(command, text=True, cwd=tmp_path)
-    assert shown == f"BATCHAT {batchat.__version__}\n"
+    done = run(sys.executable, "-I", shutil.copy(BATCHAT, tmp_path), "--version")
+    assert done.stdout == f"BATCHAT {batchat.__version__}\n"
 
 
 DEFAULTS = {
@@ -1873,6 +1816,7 @@ CODE = re.compile(r"`([^`]+)`")
 ROWS = re.findall(r"^\|(.*?)\|(.*)\|$", README, re.MULTILINE)
 ROWS = [(CODE.findall(first), first + rest) for first, rest in ROWS]
 NAMED = {code.split()[0] for codes, _ in ROWS for code in codes}
+UNIT = re.search(r"```ini\n(.*?)```", README, re.DOTALL)[1]
 
 
 def test_readme_and_help_name_every_option():
@@ -1881,7 +1825,7 @@ def test_readme_and_help_name_every_option():
     options.update({"--web-port": 1338, "--version": None, "--help": None})
     named = {name for name in NAMED if name[0] == "-"}
     assert {*options} - {"--verbose"} <= named <= {*options, "-v", "-h"}
-    usage = " ".join(run("--help").stdout.partition("browsers.\n")[2].split())
+    usage = " ".join(run(*command_line("--help")).stdout.partition("browsers.\n")[2].split())
     for option, default in options.items():
         value = re.escape(str(default))
         told = rf" [A-Z]+ [^()]*\(default: {value}[,)]" if isinstance(default, (str, int)) else ""
@@ -1905,7 +1849,6 @@ def test_readme_names_commands_and_what_they_show():
 
 
 # History
-
 
 def test_newcomer_reads_the_last_lines_first():
     room = Room(history=3)
@@ -1952,34 +1895,27 @@ def test_newcomers_share_the_bytes_of_history(worlds):
     assert 0 < sum(name.startswith("newcomer") for name in names(world)) <= 9
 
 
-UNIT = re.search(r"```ini\n(.*?)```", README, re.DOTALL)[1]
-
-
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze")
 def test_readme_unit_is_valid_and_hardened(tmp_path):
-    """It works as it stands; systemd's own measure of its exposure is below 3.0."""
+    """systemd's own measure of its exposure is below 3.0."""
     unit = tmp_path / "batchat.service"
     unit.write_text(UNIT.replace("/opt/batchat.py", str(BATCHAT)))
-    verify = ["systemd-analyze", "verify", str(unit)]
-    done = subprocess.run(verify, capture_output=True, check=False, text=True, timeout=TIMEOUT)
-    assert "batchat.service" not in done.stderr
-    security = ["systemd-analyze", "security", "--offline=yes", "--threshold=30", str(unit)]
-    done = subprocess.run(security, capture_output=True, check=False, text=True, timeout=TIMEOUT)
+    assert "batchat.service" not in run("systemd-analyze", "verify", str(unit)).stderr
+    done = run("systemd-analyze", "security", "--offline=yes", "--threshold=30", str(unit))
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
 
 def test_readme_unit_starts_the_server(tmp_path):
-    """With a password file, as systemd fills in its credentials folder."""
+    """With a password file in systemd's credentials folder."""
     (tmp_path / "password").write_text(f"{PASSWORD}\n")
     command = re.search(r"ExecStart=\S+ \S+ (.*)", UNIT)[1].replace("%d", str(tmp_path))
-    with Server("--web-port", "0", *command.split()) as server:
+    with Server(*command.split()) as server:
         ann = server.join("ann")
         ann.types(f"/op {PASSWORD}")
         ann.expect("* You are an operator now; /help shows what that is.\n")
 
 
 # The log file
-
 
 def test_log_names_people_but_not_what_they_say(tmp_path):
     path = tmp_path / "password"
@@ -1993,28 +1929,26 @@ def test_log_names_people_but_not_what_they_say(tmp_path):
         mike.types(f" /op {PASSWORD}x", "/quit")
         mike.rest()
         ann.types(f"/op {PASSWORD}", "/kick eve secret", "/quit")
-        for each in (ann, eve):
-            each.rest()
+        ann.rest()
+        eve.rest()
         server.process.terminate()
         _, log = server.ends()
-    lines = [re.sub(r"port \d+", "port N", line.split(" ", 2)[2]) for line in log.splitlines()]
-    ports = f"{server.port}/{server.web_port}"
-    what = f"BATCHAT {batchat.__version__}, process {server.process.pid}, ports {ports}, "
-    assert lines[1].startswith(what)
-    assert re.search(r"\d+ connections at most; .*max_per_address 100, ", lines.pop(1))
+    log = re.sub(r"127\.0\.0\.1 port \d+", "HERE", log)
+    lines = [line.split(" ", 2)[2] for line in log.splitlines()]
+    ports = rf"{server.port}/{server.web_port}, \d+ connections at most; .*max_per_address 100, .*"
+    what = rf"BATCHAT {batchat.__version__}, process {server.process.pid}, ports {ports}"
+    assert re.fullmatch(what, lines.pop(1))
     assert re.fullmatch(r"stopped after \d s, in which 3 people joined", lines.pop())
     assert lines == [
         f"everybody on this machine can read {path}",
-        "mike joined from 127.0.0.1 port N (1 here)",
-        "ann joined from 127.0.0.1 port N (2 here)",
-        "eve joined from 127.0.0.1 port N (3 here)",
-        "127.0.0.1 port N left before joining: quit",
-        "mike is now mick (127.0.0.1 port N)",
-        *["mick gave a wrong password (127.0.0.1 port N)"] * 2,
-        "mick left: quit (127.0.0.1 port N, 2 here)",
-        "ann is an operator (127.0.0.1 port N)",
-        "eve left: kicked by ann, 127.0.0.1 port N (127.0.0.1 port N, 1 here)",
-        "ann left: quit (127.0.0.1 port N, 0 here)",
+        *[f"{who} joined from HERE ({n} here)" for n, who in enumerate(["mike", "ann", "eve"], 1)],
+        "HERE left before joining: quit",
+        "mike is now mick (HERE)",
+        *["mick gave a wrong password (HERE)"] * 2,
+        "mick left: quit (HERE, 2 here)",
+        "ann is an operator (HERE)",
+        "eve left: kicked by ann, HERE (HERE, 1 here)",
+        "ann left: quit (HERE, 0 here)",
         "stopping",
     ]
 
@@ -2024,15 +1958,13 @@ def test_server_runs_without_standard_error():
         mike = server.join("mike")
         mike.types("/who", "/quit")
         mike.expect("* 1 here: mike\n")
-        mike.sees_the_end()
+        assert mike.rest() == ""
         server.process.terminate()
         assert server.ends()[0] == 0
 
 
 # --------------------------------------------------------------------------
 # Operators
-# --------------------------------------------------------------------------
-
 
 @pytest.fixture
 def kept() -> Room:
@@ -2052,10 +1984,9 @@ def ann(kept) -> Guest:
 def test_operator_commands_are_unknown_to_others(password):
     mike = Room(password=password).join("mike")
     mike.types("/kick mike", "/ban mike", "/bans", "/unban x", "/help", "/op x")
-    names = ["kick", "ban", "bans", "unban"]
-    unknown = [f"* Unknown command /{name}; try /help.\n" for name in [*names, "op"]]
-    op = "* That is not the password.\n" if password else unknown[-1]
-    mike.expect("".join(unknown[:-1]) + HELP + op)
+    names = ["kick", "ban", "bans", "unban", "op"]
+    *unknown, op = [f"* Unknown command /{name}; try /help.\n" for name in names]
+    mike.expect("".join(unknown) + HELP + ("* That is not the password.\n" if password else op))
 
 
 def test_help_for_operators_names_every_command(ann):
@@ -2085,7 +2016,7 @@ def test_no_line_with_a_password_is_said(before, slash, rest):
     ann, mike = room.join("ann"), room.join("mike")
     mike.types(f"{before}{slash}op{rest}", f"{before}{slash}OP{rest}")
     ann.expect("")
-    assert mike.state is batchat.CHATTING
+    assert mike.state is CHATTING
 
 
 def test_third_password_and_fifth_name_are_last(kept, ann):
@@ -2096,7 +2027,7 @@ def test_third_password_and_fifth_name_are_last(kept, ann):
     mike.expect("* That is not the password.\n" * 3 + GOODBYE)
     ann.expect("* mike has joined the chat\n<mike> hi\n* mike has quit the chat\n")
     eve = kept.caller(*["a b"] * 5)
-    assert eve.read().endswith(f"alone.\n{GOODBYE}") and eve.state is batchat.CLOSING
+    assert eve.read().endswith(f"alone.\n{GOODBYE}") and eve.state is CLOSING
 
 
 def test_kick_drops_what_was_not_said_yet(worlds):
@@ -2120,9 +2051,9 @@ def test_ban_refuses_an_address_for_its_time(kept, ann):
     waiting.types("troll")
     for seconds, more in [(0, "5 more minutes"), (239, "2 more minutes"), (60, "1 more minute")]:
         kept.wait(seconds)
-        caller = Guest(kept.chat, "2001:db8::8", Telnet) if seconds else waiting
+        caller = Guest(kept.chat, "2001:db8::8") if seconds else waiting
         caller.expect(f"* Your address is banned for {more}.\n")
-        assert caller.state is batchat.CLOSING
+        assert caller.state is CLOSING
     kept.wait(1)
     kept.join("mike", "2001:db8::8")
 
@@ -2133,7 +2064,7 @@ def test_ban_refuses_an_address_for_its_time(kept, ann):
     ("127.0.0.1", "mike is out, but came from localhost, which is never banned."),
 )
 def test_ban_takes_their_lines_out_of_the_history(kept, ann, host, answer):
-    """Of localhost, only the lines of that connection.  There is space for others again."""
+    """Of localhost, only those of that connection.  There is space for others again."""
     ann.types("hi")
     mike, local = kept.join("mike", host), kept.join("local")
     mike.types(*["spam" * 1000] * 16)
@@ -2148,7 +2079,7 @@ def test_ban_takes_their_lines_out_of_the_history(kept, ann, host, answer):
 
 
 def test_bans_are_listed_and_ended(kept, ann, caplog):
-    """A shorter ban does not shorten a longer one.  They last though nobody is connected."""
+    """A shorter one does not shorten a longer one; nobody need be connected."""
     caplog.set_level("INFO")
     hosts = ["203.0.113.0", "203.0.113.1", "2001:db8::7", "2001:db8::8"]
     people = [kept.join(f"p{n}", host) for n, host in enumerate(hosts)]
@@ -2186,20 +2117,14 @@ def test_at_most_1000_bans(kept, ann):
     assert banned == [("10.0.0.0", "90"), ("10.0.3.232", "60")]
 
 
-@pytest.mark.parametrize("times", [1, 50])
+@cases("times", 1, 50)
 def test_former_names_are_found(kept, ann, times):
     """A new name every second dodges no operator, here or gone."""
     troll = kept.join("troll", "203.0.113.5")
     troll.types(*[f"/nick t{n}" for n in range(times)])
     ann.types("/kick troll spam", "/ban troll 5")
-    troll.expect("".join(f"* {a} is now known as {b}\n" for a, b in renames(times))
-                 + "* You were kicked by ann: spam\n")
+    assert troll.read().endswith(f" as t{times - 1}\n* You were kicked by ann: spam\n")
     assert "* 203.0.113.5 is banned for 5 min;" in ann.read()
-
-
-def renames(times: int) -> list[tuple[str, str]]:
-    names = ["troll", *[f"t{n}" for n in range(times)]]
-    return [*zip(names, names[1:])]
 
 
 def test_former_name_is_the_latest_of_an_hour(kept, ann):
@@ -2208,20 +2133,18 @@ def test_former_name_is_the_latest_of_an_hour(kept, ann):
     first.types("/nick rob")
     second.types("/nick bob", "/nick roy")
     third = kept.join("bob", "203.0.113.3")
-    for host, who in [("203.0.113.3", third), ("203.0.113.3", None), ("203.0.113.3", None)]:
-        ann.read()
+    for _ in range(3):
         ann.types("/ban bob")
-        assert f"{host} is banned" in ann.read()
-        assert who is None or who.state is batchat.CLOSING
-    assert (first.state, second.state) == (batchat.CHATTING, batchat.CHATTING)
+        assert ann.read().count("* 203.0.113.3 is banned") == 1
+        assert third.state is CLOSING
+    assert (first.state, second.state) == (CHATTING, CHATTING)
     kept.wait(3601)
-    ann.read()
     ann.types("/ban bob")
     ann.expect("* Nobody here is called bob.\n")
 
 
 def test_ban_takes_an_address(kept, ann):
-    """Those who are here from there stay; a person of that very name comes first."""
+    """People from there stay; a person of that very name comes first."""
     eve = kept.join("eve", "203.0.113.5")
     ann.types("/ban 203.0.113.5 5", "/ban 2001:db8::7", "/ban 127.0.0.1", "/ban 1.2.3", "/bans")
     ann.expect(
@@ -2231,10 +2154,10 @@ def test_ban_takes_an_address(kept, ann):
         "* 203.0.113.5 is banned for another 5 min, by ann.\n"
         "* 2001:db8::/64 is banned for another 60 min, by ann.\n"
     )
-    assert eve.state is batchat.CHATTING
+    assert eve.state is CHATTING
     named = kept.join("198.51.100.9", "198.51.100.1")
     ann.types("/ban 198.51.100.9")
-    assert named.state is batchat.CLOSING
+    assert named.state is CLOSING
     assert "* 198.51.100.1 is banned" in ann.read()
 
 
@@ -2252,14 +2175,11 @@ def test_wrong_password_costs_50_lines(kept):
     assert mike.bucket.ready_at - max(before, -5) == pytest.approx(5.0, abs=0.01)
 
 
-def test_ten_wrong_passwords_are_warned_of_once(kept, monkeypatch):
-    log = mock.Mock()
-    monkeypatch.setattr(batchat, "logger", log)
+def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
     for n in range(12):
         kept.wait(60)
         kept.join(f"p{n}", "203.0.113.5").types("/op wrong")
-    log.warning.assert_called_once()
-    assert log.warning.call_args[0][-1] == "203.0.113.5"
+    assert caplog.messages == ["10 wrong passwords in an hour from 203.0.113.5"]
     right = kept.join("right", "203.0.113.5")
     right.types(f"/op {PASSWORD}")
     assert right.operator
@@ -2267,11 +2187,9 @@ def test_ten_wrong_passwords_are_warned_of_once(kept, monkeypatch):
 
 # --------------------------------------------------------------------------
 # JSON events
-# --------------------------------------------------------------------------
-
 
 def test_first_events_of_a_caller(kept, ann):
-    bob, eve = kept.join("bob", protocol=Web), Guest(kept.chat, "127.0.0.1", Web)
+    bob, eve = kept.join("bob", protocol=Web), Guest(kept.chat, protocol=Web)
     ann.types("hi")
     kept.chat.at = 7
     eve.types("a b", "eve", "/quit")
@@ -2285,8 +2203,8 @@ def test_first_events_of_a_caller(kept, ann):
         event("welcome", text="Hey, eve! Hope you enjoy the chat.", name="eve"),
         event("history", events=[said]),
     ]
-    quit = event("quit", id=5, at=7, name="eve")
-    assert bob.read().endswith(public("joined", name="eve") + quit)
+    joined = public("joined", name="eve")
+    assert bob.read().endswith(joined + event("quit", id=5, at=7, name="eve"))
     assert len({Room().chat.room for _ in range(9)}) == 9  # random for each run
 
 
@@ -2302,26 +2220,23 @@ def test_closing_says_why(kept, ann, why):
         eve.expect(event("closing", code=code, text=texts[code]))
 
 
-def test_readme_bot_answers():
-    pytest.importorskip("websockets", reason="the package websockets is not installed")
-    with Server("--web-port", "0") as server:
-        ann = server.join("ann")
-        _bot = server.join("bot")
-        ann.expect("* bot has joined the chat\n")
-        bot = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-        bot = bot.replace("localhost:1338", f"localhost:{server.web_port}")
-        process = subprocess.Popen([sys.executable, "-c", bot])
-        with process, contextlib.ExitStack() as stack:
-            stack.callback(process.kill)
-            ann.expect("* bot_ has joined the chat\n")
-            ann.types("!hello")
-            ann.expect("<bot_> Hello, ann!\n")
+def test_readme_bot_answers(server):
+    pytest.importorskip("websockets")
+    ann = server.join("ann")
+    _bot = server.join("bot")
+    ann.expect("* bot has joined the chat\n")
+    bot = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    bot = bot.replace("localhost:1338", f"localhost:{server.web_port}")
+    process = subprocess.Popen([sys.executable, "-c", bot])
+    with process, ExitStack() as stack:
+        stack.callback(process.kill)
+        ann.expect("* bot_ has joined the chat\n")
+        ann.types("!hello")
+        ann.expect("<bot_> Hello, ann!\n")
 
 
 # --------------------------------------------------------------------------
 # Behind a proxy
-# --------------------------------------------------------------------------
-
 
 def test_proxy_tells_the_address_of_a_browser(worlds):
     """The last address is the one that the nearest proxy has seen."""
@@ -2370,8 +2285,6 @@ def test_no_other_address_is_believed(worlds, proxy, host, told, status):
 
 # --------------------------------------------------------------------------
 # Nobody loses a line
-# --------------------------------------------------------------------------
-
 
 @pytest.fixture
 def world(worlds) -> World:
@@ -2416,8 +2329,7 @@ def test_paste_is_paced_and_arrives_whole(paced):
     mike.types(*[f"line {n}" for n in range(2000)])
     mike.ended = True
     paced.wait(200.0)
-    said = "".join(f"<mike> line {n}\n" for n in range(2000))
-    ann.expect(said + "* mike has quit the chat\n")
+    ann.expect("".join(f"<mike> line {n}\n" for n in range(2000)) + "* mike has quit the chat\n")
 
 
 def test_leaver_is_closed_after_5_s(world):
@@ -2449,8 +2361,6 @@ def test_lost_person_is_heard_for_2_minutes(paced):
 
 # --------------------------------------------------------------------------
 # Nobody drowns out the others
-# --------------------------------------------------------------------------
-
 
 @cases(
     "rest, lines, seconds, done",
@@ -2469,7 +2379,7 @@ def test_person_may_do_what_tokens_buy(paced, rest, lines, seconds, done):
 
 
 def test_long_answers_cost_more(room):
-    """Else a few people who ask who is here could send everything that a network takes."""
+    """Else a few who ask who is here could use up a network."""
     ann = room.join("ann")
     for n in range(1000):
         room.caller(f"{'x' * 20}{n}")
@@ -2479,7 +2389,7 @@ def test_long_answers_cost_more(room):
     assert 2 < (ann.bucket.ready_at - before) * 10 < 4
 
 
-def test_waiting_people_wake_the_event_loop_together(paced):
+def test_waiting_people_wake_the_loop_together(paced):
     """Every 20 ms at most, however many they are."""
     for each in rested(paced, *[f"t{n}" for n in range(60)]):
         each.types(*["hi"] * 100)
@@ -2491,7 +2401,7 @@ def test_waiting_people_wake_the_event_loop_together(paced):
 
 @cases("host, people, share", ("203.0.113.5", 20, 10), ("::1", 120, 100))
 def test_address_may_say_what_10_people_may(worlds, host, people, share):
-    """All of localhost may say what 100 people may, with a burst of five seconds' worth."""
+    """All of localhost may say what 100 may; a burst is worth five seconds."""
     world = worlds(rate=1)
     witness = world.joins("witness", host="198.51.100.9")
     for each in rested(world, *[f"t{n}" for n in range(people)], host=host):
@@ -2514,12 +2424,13 @@ def test_reconnecting_refills_no_bucket(paced):
     assert 50 < witness.read().count("spam") < 150
 
 
-FLOODS = [b"x" * 512, b"\xff\xfa" + b"x" * 510, b"\xff\xf1" * 256, b"\xff\xf6" * 256, b"\n" * 512]
-
-
-@cases("flood", *FLOODS, ids=["line", "subnegotiation", "commands", "are you there", "blank lines"])
+@cases(
+    "flood",
+    *(b"x" * 512, b"\xff\xfa" + b"x" * 510, b"\xff\xf1" * 256, b"\xff\xf6" * 256, b"\n" * 512),
+    ids=["line", "subnegotiation", "commands", "are you there", "blank lines"],
+)
 def test_input_is_paced_by_its_bytes(paced, flood):
-    """A token buys 512 bytes, whatever they are: a step.  Others are heard beside it."""
+    """A token buys a step of 512 bytes.  Others are heard beside it."""
     ann, vandal = rested(paced, "ann", "vandal")
     vandal.type(flood * 2000)
     paced.run_once()
@@ -2580,13 +2491,11 @@ def test_iteration_handles_50_ms_of_input(world):
     for iteration in range(1, 7):
         world.run_once()
         assert len(served) == 3 * iteration
-    assert Counter(served) == {each.name: 2 for each in talkers}
+    assert [*Counter(served).values()] == [2] * 9
 
 
 # --------------------------------------------------------------------------
 # Nobody holds up the room
-# --------------------------------------------------------------------------
-
 
 def pauses(world: World) -> tuple[Peer, Peer]:
     """A talker and a stalled reader, for whom the room is paused."""
@@ -2597,7 +2506,7 @@ def pauses(world: World) -> tuple[Peer, Peer]:
 
 
 def test_sockets_have_their_options(our_end):
-    """A send buffer of 2 MiB that does not grow, no delay, and urgent data in its place."""
+    """A send buffer of 2 MiB that does not grow, no delay, urgent data in its place."""
     with socket.socket() as fixed:
         fixed.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 << 20)  # see tcp(7)
         sizes = [each.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for each in (our_end, fixed)]
@@ -2689,7 +2598,6 @@ def test_slow_reader_costs_no_call_per_line(world):
 
 # --------------------------------------------------------------------------
 # Nobody freezes a screen or plays tricks on it
-# --------------------------------------------------------------------------
 
 ANYTHING = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("\b\x7f\x15\x1b\u202e\t")
@@ -2697,11 +2605,12 @@ ANYTHING = st.text(
 ERASING = "\b\x7f\x15\x1b\x9b"
 NOT_ON_A_SCREEN = {*map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029])}
 NOT_ON_A_SCREEN |= {*map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)])}
+COMMAND_LINES = st.sampled_from(["/me ", "/msg ann ", "/nick ", "//", "/", "/quit ", "\t/bye"])
 
 
 def test_each_forbidden_character_is_removed():
     everything = [*map(chr, [*range(0xD800), *range(0xE000, 0x30000)])]
-    kept = batchat.clean("".join(each for each in everything if each not in ERASING))
+    kept = clean("".join(each for each in everything if each not in ERASING))
     assert {*everything} - {*kept} == NOT_ON_A_SCREEN
 
 
@@ -2722,22 +2631,18 @@ def test_escape_sequences_are_removed_whole(typed, shown):
     assert sent(masked(1, typed.encode())) == ([shown], [])
 
 
-COMMAND_LINES = st.sampled_from(["/me ", "/msg ann ", "/nick ", "//", "/", "/quit ", "\t/bye"])
-
-
 @given(st.one_of(st.just(""), COMMAND_LINES), ANYTHING)
 def test_typed_text_looks_like_no_notice(start, text):
     room = Room()
     mike, ann = room.join("mike"), room.join("ann")
-    typed = batchat.clean(start + text)
-    assert batchat.clean(typed) == typed and not NOT_ON_A_SCREEN & set(typed)
+    typed = clean(start + text)
+    assert clean(typed) == typed and not NOT_ON_A_SCREEN & set(typed)
     mike.types(typed)
     shown = ann.read()
     assert shown.count("\n") == (1 if shown else 0)
     assert shown == "" or shown.startswith(("<mike> ", "** mike ", "* mike ", "[mike -> ann] "))
     if shown.startswith("* mike "):
-        command = batchat.COMMANDS[typed.split()[0].lower()]
-        assert command.usage in ("/quit", "/nick NAME")
+        assert batchat.COMMANDS[typed.split()[0].lower()].usage in ("/quit", "/nick NAME")
 
 
 # What telnet sends
@@ -2757,12 +2662,12 @@ def is_unfinished(text: bytes) -> bool:
 
 
 def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
-    """The same as `telnet`, as plainly as RFC 854 reads: commands byte by byte, then lines."""
+    """The same as `telnet`, as RFC 854 reads: commands byte by byte, then lines."""
     byte_of = {key: byte | 0x80 for byte, key in KEYS_OF_TELNET.items()}
     byte_of[243] = byte_of[238]  # an older name for it
     typed = {236: 3, 238: 3, 243: 3, 244: 3, 247: 8, 248: 21, 255: 255}
     text, replies, rest = b"", b"", iter(data)
-    with contextlib.suppress(StopIteration):
+    with suppress(StopIteration):
         while True:
             byte = next(rest)
             if byte == 255:
@@ -2787,9 +2692,9 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
     said, key = re.match(rb"([^\3\4]*)([\3\4]?)", text).groups()
     *lines, last = re.split(rb"\r\n|\r\0|\r|\n", said)
     messages = [
-        batchat.TOO_LONG if len(line) > 4096 else batchat.clean(batchat.decode_line(line)) for line in lines
+        batchat.TOO_LONG if len(line) > 4096 else clean(batchat.decode_line(line)) for line in lines
     ]
-    return messages + [batchat.TOO_LONG] * (len(last) > 4096) + [batchat.DISCONNECT] * len(key), replies
+    return messages + [batchat.TOO_LONG] * (len(last) > 4096) + [DISCONNECT] * len(key), replies
 
 
 TELNET_PIECES = [
@@ -2802,17 +2707,17 @@ TELNET_PIECES = [
 ]
 TELNET = st.lists(st.sampled_from(TELNET_PIECES) | st.binary(max_size=4), max_size=12)
 PLACES = st.lists(st.integers(0, 10**6), max_size=12)
+# Ctrl-C as IP, BRK, ABORT, or as it is; Ctrl-D as EOF, or as it is
+KEYS_THAT_LEAVE = [b"\xff\xf4", b"\xff\xf3", b"\xff\xee", b"\x03", b"\xff\xec", b"\x04"]
+MARK = CTRL_C[2:]
 
 
 @example(b"\x03\xd0\xff\xf6", [1, 2])  # after Ctrl-C, half a letter and AYT
 @given(TELNET.map(b"".join), PLACES)
 def test_cuts_change_no_line_and_no_answer(data, places):
     messages, answers = telnet(*cut(data, places))
-    assert (messages, plain(answers)) == telnet_by_the_byte(data)
-
-
-# Ctrl-C as IP, BRK, ABORT, or as it is; Ctrl-D as EOF, or as it is
-KEYS_THAT_LEAVE = [b"\xff\xf4", b"\xff\xf3", b"\xff\xee", b"\x03", b"\xff\xec", b"\x04"]
+    same = re.sub(rb"\r(?!\n)", b"", answers.replace(ASKS_FOR_BINARY, b""))  # however it is cut
+    assert (messages, same) == telnet_by_the_byte(data)
 
 
 @cases(
@@ -2825,8 +2730,8 @@ KEYS_THAT_LEAVE = [b"\xff\xf4", b"\xff\xf3", b"\xff\xee", b"\x03", b"\xff\xec", 
     ([b"\b\bnonsense\x15sense\n"], ["sense"]),  # Ctrl-U
     ([b"hexx\xff\xf7\xff\xf7llo\n", b"oops\xff\xf8good\n"], ["hello", "good"]),  # EC, EL
     ([b"caf\xe9 \xc3\n"], ["caf\ufffd \ufffd"]),  # broken UTF-8
-    ([b"one\ntwo\nthr", b""], ["one", "two", batchat.DISCONNECT]),  # what Enter did not end is not said
-    *(([b"said\nno" + key + b"no\nno\n"], ["said", batchat.DISCONNECT]) for key in KEYS_THAT_LEAVE),
+    ([b"one\ntwo\nthr", b""], ["one", "two", DISCONNECT]),  # what Enter did not end is not said
+    *(([b"said\nno" + key + b"no\nno\n"], ["said", DISCONNECT]) for key in KEYS_THAT_LEAVE),
     ([b"x" * 4096 + b"\n", b"x" * 4097 + b"\nnext\n"], ["x" * 4096, batchat.TOO_LONG, "next"]),
     ([b"a\xc2", b"\xff\xfb\0", b"\xff\xf4b\n"], ["ab"]),  # half a letter, BINARY, the rest
 )
@@ -2851,7 +2756,7 @@ def test_telnet_is_answered(answer, reads):
 
 @given(st.text(ALPHABETS), PLACES)
 def test_other_clients_get_utf_8_alone(text, places):
-    """Before a client has shown that it is a telnet, no telnet command is sent."""
+    """Until it has shown to be a telnet, a client is sent no telnet command."""
     assert telnet(*cut(f"{text}\n{text}\n".encode(), places))[1] == b""
     assert telnet(*cut(f"{text}\r\n".encode("ascii", "ignore"), places))[1] == b""
 
@@ -2863,14 +2768,11 @@ def test_letter_without_its_ctrl_e_is_mended(letter):
     assert heard(text.encode().replace(b"\x85", b"") + b"\r\n") == [text]
 
 
-MARK = b"\xff\xfd\x06"  # after Ctrl-C, telnet shows nothing until this is answered
-
-
 @cases("lines, seconds", (600, 0.0), (600, 3.0), (0, 0.0))
 @cases(
     "reads",
-    *([b"\xff\xf4" + MARK], [b"\xff\xf3" + MARK], [b"\xff\xf1\xff\xf4" + MARK], [b"\x03"]),
-    [typed_in_telnet("\u3084") + b"\xff\xf4" + MARK],  # after a letter that holds a key
+    *([CTRL_C], [b"\xff\xf3" + MARK], [b"\xff\xf1" + CTRL_C], [b"\x03"]),
+    [typed_in_telnet("\u3084") + CTRL_C],  # after a letter that holds a key
     [b"\xff", b"\xf4" + MARK],  # cut in two
 )
 def test_ctrl_c_drops_what_waits_and_leaves(paced, reads, lines, seconds):
@@ -2901,7 +2803,7 @@ def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
             protocol.feed(ahead[:half])
         ahead = ahead[half:]
     protocol.feed(ahead)
-    assert protocol.next() == batchat.clean(text)
+    assert protocol.next() == clean(text)
     protocol.feed(b"\xff\xf4")
     assert protocol.take_interrupt(b"", 0)
 
@@ -2929,25 +2831,23 @@ def test_nothing_else_drops_what_waits(paced, sends):
 
 # --------------------------------------------------------------------------
 # It does not fall over
-# --------------------------------------------------------------------------
-
 
 @cases("start, end", (b"x", b"\n"), (b"\xff\xfa\x18", b"\xff\xf0"))
 def test_endless_input_is_not_kept(start, end):
-    """Of a line or a subnegotiation that never ends, no more is kept than a line and a read."""
+    """No more is kept than a line and a read."""
     protocol = Telnet()
     protocol.feed(start)
     for _ in range(100):
         protocol.feed(b"x" * 16_384)
         while protocol.next():
             pass
-        assert kept_by(protocol) <= 4096 + 16_384
+        assert len(pickle.dumps(protocol)) <= 4096 + 16_384 + 1000
     protocol.feed(end + b"next\n")
     assert protocol.next() == "next"
 
 
 def test_too_long_a_name_is_not_normalized(room):
-    """Sorting its marks takes time by the square of their number."""
+    """That takes time by the square of its marks."""
     marks = "a" + "\u0344\u0316" * 1000
     assert batchat.name_key(marks) is marks
     mike = room.join("mike")
@@ -2971,25 +2871,17 @@ def test_nothing_is_kept_of_people_who_left(room):
     assert left() is None
 
 
-def test_ipv6_64_counts_as_one_address():
-    hosts = ["2001:db8::1", "2001:db8::ffff:2%eth0", "2001:db8:0:1::1", "::ffff:192.0.2.1"]
-    groups = ["2001:db8::/64", "2001:db8::/64", "2001:db8:0:1::/64", "192.0.2.1"]
-    assert [*map(batchat.address_group, hosts)] == groups
-    locals_ = ["127.0.0.1", "::1", "::ffff:127.1.2.3"]
-    assert {*map(batchat.address_group, locals_)} == {"localhost"}
-
-
-@pytest.mark.parametrize(
-    ("host", "ours", "group"),
-    [
-        ("2001:db8::7", "2001:db8::1", "2001:db8::7"),
-        ("2001:db8::7", "2001:db8:0:1::1", "2001:db8::/64"),
-        ("fe80::7%eth0", "", "fe80::7"),
-        ("203.0.113.5", "203.0.113.1", "203.0.113.5"),
-        ("203.0.113.5", "fe80::1%eth0", "203.0.113.5"),
-    ],
+@cases(
+    "host, ours, group",
+    *[(host, "", "2001:db8::/64") for host in ("2001:db8::1", "2001:db8::ffff:2%eth0")],
+    *[("2001:db8:0:1::1", "", "2001:db8:0:1::/64"), ("::ffff:192.0.2.1", "", "192.0.2.1")],
+    *[(host, "", "localhost") for host in ("127.0.0.1", "::1", "::ffff:127.1.2.3")],
+    *[("2001:db8::7", "2001:db8::1", "2001:db8::7"), ("fe80::7%eth0", "", "fe80::7")],
+    ("2001:db8::7", "2001:db8:0:1::1", "2001:db8::/64"),
+    *[("203.0.113.5", ours, "203.0.113.5") for ours in ("203.0.113.1", "fe80::1%eth0")],
 )
-def test_own_network_counts_each_address(host, ours, group):
+def test_ipv6_64_counts_as_one_address(host, ours, group):
+    """But in our own network, each address does."""
     assert batchat.address_group(host, ours) == group
 
 
@@ -3010,8 +2902,7 @@ def test_64_descriptors_and_120_callers():
         mike, ann = server.join("mike"), server.join("ann")
         mike.expect("* ann has joined the chat\n")
         callers = [server.call() for _ in range(120)]
-        rejected = sum(caller.sock.recv(len(full)) == full for caller in callers)
-        assert 120 - 62 < rejected < 120 - 20
+        assert 58 < sum(each.sock.recv(len(full)) == full for each in callers) < 100
         mike.types("still there?")
         ann.expect("<mike> still there?\n")
         for caller in callers:
@@ -3022,7 +2913,7 @@ def test_64_descriptors_and_120_callers():
 
 
 def test_too_few_descriptors_end_with_status_1():
-    done = run(descriptors=30)
+    done = run(*command_line(descriptors=30))
     assert done.returncode == 1
     assert done.stderr == "batchat: too few descriptors are allowed; see ulimit -n\n"
 
@@ -3051,11 +2942,6 @@ def test_caller_has_2_minutes_to_give_a_name(world):
     assert names(world) == ["mike", "ann"]
 
 
-SHUTTING_DOWN = "* BATCHAT is shutting down, goodbye!\n"
-FULL = "* BATCHAT is full, please try again later.\n"
-CROWDED = "* Too many people are here from your address, please try again later.\n"
-
-
 @cases(
     "limits, host, text",
     ({"people": 2}, "203.0.113.6", FULL),
@@ -3063,7 +2949,7 @@ CROWDED = "* Too many people are here from your address, please try again later.
     ({"per_address": 2}, "203.0.113.5", CROWDED),
 )
 def test_where_it_is_full_callers_are_rejected(worlds, limits, host, text):
-    """They are told so, they do not count, and when somebody leaves, there is space again."""
+    """They are told so, and do not count; when somebody leaves, there is space again."""
     world = worlds(**limits)
     ann, _ = world.joins("ann", host="203.0.113.5"), world.joins("bob", host="::ffff:203.0.113.5")
     world.wait()
@@ -3085,7 +2971,7 @@ def test_where_it_is_full_callers_are_rejected(worlds, limits, host, text):
     ({"per_address": 10, "behind_proxy": True}, Web, "for 203.0.113.5", 10 + 10),
 )
 def test_rejected_callers_take_no_place(worlds, limits, protocol, host, most):
-    """There are few at a time, and each for a second.  Nobody else is closed for them."""
+    """They are few at a time, each for a second.  Nobody else is closed for them."""
     world = worlds(**limits)
     here = rested(world, *[f"p{n}" for n in range(10)], protocol=protocol, host=host)
     for _ in range(30):
@@ -3174,7 +3060,7 @@ def test_2_000_people_may_call_at_once():
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200
     if not queue.exists() or min(int(queue.read_text()), most) < 2000:
         pytest.skip("the system allows no such queue")
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         listener = stack.enter_context(batchat.open_listener("127.0.0.1", 0))
         selector = stack.enter_context(selectors.DefaultSelector())
         for _ in range(2000):
@@ -3188,8 +3074,7 @@ def test_2_000_people_may_call_at_once():
 @cases("output", ">/dev/full", ">&-", "")
 def test_opening_lines_go_to_the_log_if_need_be(output):
     """Where standard output is full, is not open, or leads nowhere."""
-    command = ["sh", "-c", f'exec "$@" {output}', "sh"]
-    command += command_line("--port", "0", "--web-port", "0")
+    command = command_line("--port", "0", "--web-port", "0", first=f"exec {output}")
     ours, theirs = socket.socketpair()
     theirs.close()
     with ours, subprocess.Popen(command, stdout=ours, stderr=subprocess.PIPE, text=True) as process:
@@ -3234,8 +3119,6 @@ SHAPES = {
         *(masked(1, each) * 2 for each in (b"\n" * 4096, b"\r\n" * 2000, "\u202e".encode() * 1300)),
     ],
 }
-
-
 STARTS = {"head": b"", "telnet": b"mike\n", "frames": OPENING + masked(1, b"mike")}
 
 
@@ -3246,7 +3129,7 @@ def seconds_of(kind: str, data: bytes) -> float:
     room.limiter.connect(guest, "127.0.0.1")
     before = time.process_time()
     guest.protocol.feed(STARTS[kind] + data)
-    while guest.state is not batchat.CLOSING and (message := guest.protocol.next()) is not None:
+    while guest.state is not CLOSING and (message := guest.protocol.next()) is not None:
         room.chat.handle(guest, message)
     return time.process_time() - before
 
@@ -3260,11 +3143,11 @@ def test_hostile_input_is_no_dearer_than_plain(kind, number):
 
 
 def test_unread_log_delays_nobody():
-    """Lines that a full pipe does not take are counted; one that it takes in part is completed."""
+    """Lines that a pipe does not take are counted; of a part, the rest follows."""
     reader, writer = os.pipe()
     handler, long = batchat.NonBlockingHandler(writer), "x" * 100_000  # more than fits
 
-    def log(*lines: str) -> None:
+    def log(*lines: str):
         for line in lines:
             handler.emit(batchat.logger.makeRecord("", 0, "", 0, line, (), None))
 
@@ -3291,15 +3174,23 @@ def test_log_is_of_people_who_joined(tmp_path, journal, time_):
                 with server.call().sock as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, batchat.RESET)
             _mike = server.join("mike")
-    text = (tmp_path / "log").read_text()
-    pattern = time_ + "BATCHAT.*\n" + time_ + r"mike joined from 127.0.0.1 .*\n"
-    assert re.fullmatch(pattern, text)
+    pattern = f"{time_}BATCHAT.*\n{time_}mike joined from 127.0.0.1 .*\n"
+    assert re.fullmatch(pattern, (tmp_path / "log").read_text())
+
+
+@cases("line", "GET / HTTP/1.1", "POST /chat HTTP/1.0", "x y HTTP/2", LONG * 2)
+def test_web_request_is_no_name(world, line):
+    """Nor is anything that follows it a message."""
+    ann, browser = world.joins("ann"), world.calls()
+    browser.types(line, "Host: localhost", "", "evil", "hello everyone")
+    world.wait()
+    browser.expect(GREETING)
+    ann.expect(GREETING + hey("ann"))
+    assert browser.sock.shut
 
 
 # --------------------------------------------------------------------------
 # It closes well
-# --------------------------------------------------------------------------
-
 
 @cases("number", signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def test_signal_tells_everyone_and_closes_well(number):
@@ -3312,24 +3203,24 @@ def test_signal_tells_everyone_and_closes_well(number):
             server.process.send_signal(number)  # once from the shell, once from the system
         caller.expect(SHUTTING_DOWN)
         for each in (mike, caller):
-            each.sees_the_end()
+            assert each.rest() == ""
         status, log = server.ends()
         assert (status, "Traceback" in log) == (0, False)
 
 
-def test_second_signal_ends_it_at_once():
-    with Server() as server:
-        mike = server.join("mike")
-        server.process.send_signal(signal.SIGINT)
-        mike.expect(SHUTTING_DOWN)  # but mike does not hang up
-        server.process.send_signal(signal.SIGTERM)
-        assert server.ends()[0] == -signal.SIGTERM
+def test_second_signal_ends_it_at_once(server):
+    mike = server.join("mike")
+    server.process.send_signal(signal.SIGINT)
+    mike.expect(SHUTTING_DOWN)  # but mike does not hang up
+    server.process.send_signal(signal.SIGTERM)
+    assert server.ends()[0] == -signal.SIGTERM
 
 
 def test_shutdown_takes_2_s_at_most(world):
-    """It waits as long for those who do not hang up.  No byte goes to a silent browser."""
-    mike, ann, caller = world.joins("mike"), world.joins("ann", Web), world.calls()
+    """It waits for those who do not hang up.  A silent browser is sent nothing."""
+    mike, ann, caller = world.joins("mike"), world.joins("ann", Web), world.calls(Web)
     early = world.calls(Web, opens=False)
+    early.type(b"GET / ")
     mike.types("last words")
     world.wait()
     for each in (mike, ann, caller):
@@ -3339,83 +3230,57 @@ def test_shutdown_takes_2_s_at_most(world):
     assert world.reactor.run()
     assert 2.0 <= world.now - world.stopped_at < 2.1
     for each in (mike, ann, caller):
-        assert each.read() == SHUTTING_DOWN
-    assert ann.got.endswith(b"\x88\x02\x03\xe9")  # 1001, going away
+        each.expect(SHUTTING_DOWN)
+        assert each is mike or each.got.endswith(b"\x88\x02\x03\xe9")  # 1001, going away
     assert early.got == b""
 
 
-def test_ignored_ctrl_c_stays_ignored():
-    """A shell has what a script starts with `&` ignore it."""
-    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Server(preexec_fn=ignore) as server:
+@cases("number", signal.SIGINT, signal.SIGHUP)
+def test_ignored_signal_stays_ignored(number):
+    """A shell has `&` ignore Ctrl-C, and nohup a closed terminal."""
+    with Server(preexec_fn=lambda: signal.signal(number, signal.SIG_IGN)) as server:
         mike = server.join("mike")
-        server.process.send_signal(signal.SIGINT)
-        mike.types("/who")
-        mike.expect("* 1 here: mike\n")
-
-
-def test_nohup_keeps_it_alive_without_terminal():
-    with Server(first="trap '' HUP") as server:
-        mike = server.join("mike")
-        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(number)
         for _ in range(2):
             mike.types("/who")
             mike.expect("* 1 here: mike\n")
 
 
 # --------------------------------------------------------------------------
-# A browser that strays to telnet's port
-# --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("line", ["GET / HTTP/1.1", "POST /chat HTTP/1.0", "x y HTTP/2", LONG * 2])
-def test_web_request_is_no_name(worlds, line):
-    """Nor is anything that follows it a message."""
-    world = worlds()
-    ann, browser = world.joins("ann"), world.calls()
-    browser.types(line, "Host: localhost", "", "evil", "hello everyone")
-    world.wait()
-    browser.expect(GREETING)
-    ann.expect(GREETING + hey("ann"))
-    assert browser.sock.shut
-
-
-# --------------------------------------------------------------------------
 # Another site's page has no say: HTTP and WebSocket
-# --------------------------------------------------------------------------
 
 PLAIN = "GET / HTTP/1.1"
 ASK_PAGE = f"{PLAIN}\r\nHost: x\r\n\r\n".encode()
+CODES_NOT_SENT = [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535]
+TIMED_OUT = b"HTTP/1.1 408 .*\r\n\r\nRequest timed out.\n"
 
 
-@pytest.mark.parametrize(
-    ("status", "how"),
-    [
-        *[(101, [{"Origin": origin}]) for origin in (None, " https://CHAT.example:1338 ")],
-        *[(403, [{"Origin": f"http://{host}"}]) for host in ("evil.example", "chat.example")],
-        *[(403, [{"Origin": it}]) for it in ("null", "", "evil://chat.example:1338")],
-        (400, [{"Host": "", "Origin": "null"}]),
-        (101, [{"Upgrade": "h2c, WebSocket", "Connection": "upgrade"}]),
-        (101, [{"connection": "Upgrade", "Connection": "keep-alive"}]),  # a repeated field ...
-        (101, [{"Connection": "Upgrade", "connection": "keep-alive"}]),  # ... counts as a list
-        *[(426, [{"Upgrade": None}]), (426, [{"Connection": "keep-alive"}])],
-        (101, [{"Sec-WebSocket-Version": "13 "}]),
-        *[(426, [{"Sec-WebSocket-Version": version}]) for version in ("8", None)],
-        *[(400, [{"Sec-WebSocket-Key": key}]) for key in (None, "c2hvcnQ=", "no base64!")],
-        *[(400, [{"Host": None}]), (400, [{"host": "another.example"}, PLAIN])],
-        *[(400, [{"Host": None}, PLAIN]), (200, [{"Host": None}, "GET / HTTP/1.0"])],
-        *[(400, [{}, "GET /chat HTTP/1.0"]), (400, [{}, "HEAD /chat HTTP/1.1"])],
-        *[(405, [{}, f"{verb} HTTP/1.1"]) for verb in ("POST /chat", "DELETE /hello")],
-        *[(200, [{}, "GET /?from=here HTTP/1.1"]), (404, [{}, "GET /nothing HTTP/1.1"])],
-        (200, [{}, "GET http://chat.example:1338/hello HTTP/1.1"]),
-        *[(400, [{}, line]) for line in ("GET / HTTP/2.0", "GET /  HTTP/1.1", "nonsense")],
-        *[(200, [{}, f"{empty}{PLAIN}"]) for empty in ("\r\n", "\n\r\n\n")],  # empty lines first
-        *[(400, [{"Bad header name": "x"}]), (400, [{}, "GET http://[/ HTTP/1.1"])],
-        *[(400, [{"Cookie": f"a{control}b"}]) for control in ("\0", "\r", "\x1b", "\x7f")],
-        *[(200, [{"Content-Length": "0"}, PLAIN]), (200, [{"Cookie": "a\tb"}, PLAIN])],
-        (400, [{"Content-Length": "0", "content-length": "0"}, PLAIN]),
-        *[(431, [{"Cookie": "x" * 8192}]), (431, [{f"X-{n}": "x" for n in range(200)}])],
-    ],
+@cases(
+    "status, how",
+    *[(101, [{"Origin": origin}]) for origin in (None, " https://CHAT.example:1338 ")],
+    *[(403, [{"Origin": f"http://{host}"}]) for host in ("evil.example", "chat.example")],
+    *[(403, [{"Origin": it}]) for it in ("null", "", "evil://chat.example:1338")],
+    (400, [{"Host": "", "Origin": "null"}]),
+    (101, [{"Upgrade": "h2c, WebSocket", "Connection": "upgrade"}]),
+    (101, [{"connection": "Upgrade", "Connection": "keep-alive"}]),  # a repeated field ...
+    (101, [{"Connection": "Upgrade", "connection": "keep-alive"}]),  # ... counts as a list
+    *[(426, [{"Upgrade": None}]), (426, [{"Connection": "keep-alive"}])],
+    (101, [{"Sec-WebSocket-Version": "13 "}]),
+    *[(426, [{"Sec-WebSocket-Version": version}]) for version in ("8", None)],
+    *[(400, [{"Sec-WebSocket-Key": key}]) for key in (None, "c2hvcnQ=", "no base64!")],
+    *[(400, [{"Host": None}]), (400, [{"host": "another.example"}, PLAIN])],
+    *[(400, [{"Host": None}, PLAIN]), (200, [{"Host": None}, "GET / HTTP/1.0"])],
+    *[(400, [{}, "GET /chat HTTP/1.0"]), (400, [{}, "HEAD /chat HTTP/1.1"])],
+    *[(405, [{}, f"{verb} HTTP/1.1"]) for verb in ("POST /chat", "DELETE /hello")],
+    *[(200, [{}, "GET /?from=here HTTP/1.1"]), (404, [{}, "GET /nothing HTTP/1.1"])],
+    (200, [{}, "GET http://chat.example:1338/hello HTTP/1.1"]),
+    *[(400, [{}, line]) for line in ("GET / HTTP/2.0", "GET /  HTTP/1.1", "nonsense")],
+    *[(200, [{}, f"{empty}{PLAIN}"]) for empty in ("\r\n", "\n\r\n\n")],  # empty lines first
+    *[(400, [{"Bad header name": "x"}]), (400, [{}, "GET http://[/ HTTP/1.1"])],
+    *[(400, [{"Cookie": f"a{control}b"}]) for control in ("\0", "\r", "\x1b", "\x7f")],
+    *[(200, [{"Content-Length": "0"}, PLAIN]), (200, [{"Cookie": "a\tb"}, PLAIN])],
+    (400, [{"Content-Length": "0", "content-length": "0"}, PLAIN]),
+    *[(431, [{"Cookie": "x" * 8192}]), (431, [{f"X-{n}": "x" for n in range(200)}])],
 )
 def test_http_status(status, how):
     got, headers, _ = asked(request(*how))
@@ -3432,92 +3297,71 @@ def test_http_head_over_8_kib_is_refused():
     assert asked(b"GET / HTTP/1.1\r\nCookie: " + b"x" * (8193 - 24))[0] == 431
 
 
-def test_http_hello():
-    status, headers, body = asked(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert (status, body, headers["Content-Length"]) == (200, b"Hello, World!", "13")
-    wanted = {"Connection": "close", "X-Content-Type-Options": "nosniff"}
-    assert {**headers, **wanted, "Cache-Control": "no-cache"} == headers
-
-
-def test_http_response_has_a_date():
+def test_http_response_has_its_headers():
     before, web = int(time.time()), Web()
     web.feed(ASK_PAGE)
-    assert [web.next(), web.next()] == [batchat.REQUESTED, batchat.DISCONNECT]
+    assert [web.next(), web.next()] == [batchat.REQUESTED, DISCONNECT]
+    lines = {b"Connection: close", b"X-Content-Type-Options: nosniff", b"Cache-Control: no-cache"}
+    assert lines <= {*web.replies.split(b"\r\n")}
     date = re.search(rb"\r\nDate: (\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT)\r\n", web.replies)[1]
     assert before <= parsedate_to_datetime(date.decode()).timestamp() <= time.time()
 
 
-@pytest.mark.parametrize("ban", ["", "Your address is banned for 5 more minutes."])
-@pytest.mark.parametrize("path", ["/", "/hello", "/nothing"])
+@cases("ban", "", "Your address is banned for 5 more minutes.")
+@cases("path", "/", "/hello", "/nothing")
 def test_http_head_request_gets_no_body(path, ban):
     """But the same headers as for GET."""
-
-    def reply(verb: str) -> tuple[bytes, bytes, bytes]:
+    replies = []
+    for verb in ("GET", "HEAD"):
         web = Web()
         web.ban = ban
-        request = f"{verb} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-        return messages_of(web, request)[1].partition(b"\r\n\r\n")
-
-    head, _, body = reply("GET")
-    assert reply("HEAD") == (head, b"\r\n\r\n", b"")
+        reply = messages_of(web, request({}, f"{verb} {path} HTTP/1.1"))[1]
+        replies.append(reply.partition(b"\r\n\r\n"))
+    (head, end, body), headless = replies
+    assert headless == (head, end, b"")
     assert f"\r\nContent-Length: {len(body)}\r\n".encode() in head
 
 
 def test_http_policy_allows_our_script_and_style():
-    """And no more: no other source, connection or form, and no page may frame this one."""
+    """And nothing else: no other source, connection, form or frame."""
     _, headers, page = asked(ASK_PAGE)
-    sources = []
+    wanted = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
+    wanted += ["form-action 'none'", "frame-ancestors 'none'"]
     for tag in ("script", "style"):
         source = re.search(rf"<{tag}>(.*)</{tag}>".encode(), page, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(source).digest()).decode()
-        sources.append(f"{tag}-src 'sha256-{digest}'")
-    wanted = ["default-src 'none'", *sources, "connect-src 'self'", "img-src data:"]
-    wanted += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+        wanted.append(f"{tag}-src 'sha256-{digest}'")
     assert sorted(headers["Content-Security-Policy"].split("; ")) == sorted(wanted)
-    assert b"http:" not in page
-    assert b"https:" not in page
+    assert not re.search(b"https?:", page)
 
 
-@pytest.mark.parametrize(
-    ("why", "code"), [("full", 1013), ("crowded", 1013), ("banned", 1000), ("shutdown", 1001)]
+@cases(
+    "why, code, status, limits",
+    *[("full", 1013, 200, {"people": 1}), ("crowded", 1013, 200, {"per_address": 3})],
+    ("banned", 1000, 403, {}),
 )
-def test_web_refusal(worlds, why, code):
-    """It waits for the request, and says why; only the banned are refused the page, too."""
-    limits = {"full": {"people": 1}, "crowded": {"per_address": 3}}.get(why, {})
+def test_web_refusal_waits_for_the_request(worlds, why, code, status, limits):
+    """It says why; only the banned are refused the page, too."""
     world = worlds(**limits, password=PASSWORD)
     ann, *_ = [world.joins(name, host="203.0.113.5") for name in ("ann", "bob", "cy")]
     world.wait()
-    if why == "banned":
-        ann.types("/op sesame", "/ban bob 5")
+    ann.types(*["/op sesame", "/ban bob 5"] * (why == "banned"))
     silent, browser, page = (world.calls(Web, "203.0.113.5", opens=False) for _ in range(3))
     world.wait()
-    silent.type(b"GET / ")
-    browser.type(OPENING)
-    page.type(ASK_PAGE)
+    for each, data in [(silent, b"GET / "), (browser, OPENING), (page, ASK_PAGE)]:
+        each.type(data)
     world.wait()
-    if why == "shutdown":
-        world.reactor.stop()
-        world.wait()
     text = batchat.CLOSING_TEXT[why].format(text="5 more minutes")
-    *events, closing = events_in(browser.got)
-    assert closing == {"type": "closing", "code": why, "text": text}
-    assert [each["type"] for each in events] == ["greeting", "prompt"] * (why == "shutdown")
+    assert events_in(browser.got) == [{"type": "closing", "code": why, "text": text}]
     assert browser.got.endswith(batchat.frame(8, code.to_bytes(2, "big")))
-    status = 403 if why == "banned" else 200
     assert page.got.startswith(f"HTTP/1.1 {status} ".encode())
     assert why != "banned" or page.got.endswith(f"\r\n\r\n{text}\n".encode())
     assert silent.got == b""
 
 
-TIMED_OUT = b"HTTP/1.1 408 .*\r\n\r\nRequest timed out.\n"
-
-
-@pytest.mark.parametrize(
-    ("sends", "answer"), [(b"GET / HT", TIMED_OUT), (b"", b""), (b"\r\n", b"")]
-)
-def test_web_request_must_come_within_10_s(worlds, sends, answer):
+@cases("sends, answer", (b"GET / HT", TIMED_OUT), (b"", b""), (b"\r\n", b""))
+def test_web_request_must_come_within_10_s(world, sends, answer):
     """A browser that has begun to ask is told that its time is up."""
-    world = worlds()
     browser = world.calls(Web, opens=False)
     browser.type(sends)
     world.wait(9.9)
@@ -3534,62 +3378,55 @@ def test_websocket_handshake_of_the_rfc():
     assert (headers["Upgrade"], headers["Connection"]) == ("websocket", "Upgrade")
 
 
-@pytest.mark.parametrize(
-    ("frames", "lines", "answers"),
-    [
-        (bytes.fromhex("818537fa213d7f9f4d5158"), ["Hello"], []),  # RFC 6455, section 5.7
-        (masked(1, b"Hel", final=False) + masked(0, b"lo"), ["Hello"], []),
-        (bytes.fromhex("8a8537fa213d7f9f4d5158"), [], []),  # a pong
-        (masked(1, b"Hel", final=False) + masked(9, b"?") + masked(0, b"lo"), ["Hello"], [b"?"]),
-        (masked(1, b"a\nb\r\nc\rd\n"), ["a", "b", "c", "d"], []),
-        (masked(1, b"x" * 4096), ["x" * 4096], []),
-    ],
+@cases(
+    "frames, lines, answers",
+    (bytes.fromhex("818537fa213d7f9f4d5158"), ["Hello"], []),  # RFC 6455, section 5.7
+    (masked(1, b"Hel", final=False) + masked(0, b"lo"), ["Hello"], []),
+    (bytes.fromhex("8a8537fa213d7f9f4d5158"), [], []),  # a pong
+    (masked(1, b"Hel", final=False) + masked(9, b"?") + masked(0, b"lo"), ["Hello"], [b"?"]),
+    (masked(1, b"a\nb\r\nc\rd\n"), ["a", "b", "c", "d"], []),
+    (masked(1, b"x" * 4096), ["x" * 4096], []),
 )
 def test_websocket_frames_are_read(frames, lines, answers):
     """A ping is answered with its pong, also between fragments."""
     assert sent(frames) == (lines, [(0x8A, answer) for answer in answers])
 
 
-@pytest.mark.parametrize(
-    ("opcode", "size", "head"),
-    [(1, 5, "8105"), (1, 125, "817d"), (2, 256, "827e0100"), (2, 65535, "827effff")]
-    + [(2, 65536, "827f0000000000010000")],
+@cases(
+    "opcode, size, head",
+    *[(1, 5, "8105"), (1, 125, "817d"), (2, 256, "827e0100"), (2, 65535, "827effff")],
+    (2, 65536, "827f0000000000010000"),
 )
 def test_websocket_frames_are_written(opcode, size, head):
     assert batchat.frame(opcode, b"x" * size) == bytes.fromhex(head) + b"x" * size
 
 
-CODES_NOT_SENT = [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535]
-
-
-@pytest.mark.parametrize(
-    ("code", "frame"),
-    [
-        (1002, bytes.fromhex("810548656c6c6f")),  # not masked
-        (1002, b"\xc1" + masked(1, b"x")[1:]),  # a reserved bit
-        *[(1002, masked(opcode, b"x")) for opcode in (3, 11, 0)],  # unknown; continues nothing
-        (1002, masked(1, b"x", final=False) + masked(1, b"y")),  # a message in a message
-        *[(1002, masked(9, b"x", final=False)), (1002, masked(9, b"x" * 126))],  # a control frame
-        (1002, b"\x81\xfe\x00\x05" + masked(1, b"Hello")[2:]),  # a length in too many bytes,
-        *[(1002, b"\x81\xff" + size.to_bytes(8, "big")) for size in (126, 65535)],
-        (1002, b"\x81\xff\xff" + bytes(7)),  # or below zero
-        (1002, masked(8, b"x")),  # half a code
-        *[(1002, masked(8, code.to_bytes(2, "big"))) for code in CODES_NOT_SENT],
-        *[(1003, masked(2, b"x")), (1007, masked(1, b"\xff")), (1007, masked(8, b"\x03\xe8\xff"))],
-        *[(1009, masked(1, b"x" * 4097)), (1009, masked(1, b"x" * 70_000)[:14])],
-        (1009, masked(1, b"x" * 4000, final=False) + masked(0, b"x" * 97)),
-    ],
+@cases(
+    "code, frame",
+    (1002, bytes.fromhex("810548656c6c6f")),  # not masked
+    (1002, b"\xc1" + masked(1, b"x")[1:]),  # a reserved bit
+    *[(1002, masked(opcode, b"x")) for opcode in (3, 11, 0)],  # unknown; continues nothing
+    (1002, masked(1, b"x", final=False) + masked(1, b"y")),  # a message in a message
+    *[(1002, masked(9, b"x", final=False)), (1002, masked(9, b"x" * 126))],  # a control frame
+    (1002, b"\x81\xfe\x00\x05" + masked(1, b"Hello")[2:]),  # a length in too many bytes,
+    *[(1002, b"\x81\xff" + size.to_bytes(8, "big")) for size in (126, 65535)],
+    (1002, b"\x81\xff\xff" + bytes(7)),  # or below zero
+    (1002, masked(8, b"x")),  # half a code
+    *[(1002, masked(8, code.to_bytes(2, "big"))) for code in CODES_NOT_SENT],
+    *[(1003, masked(2, b"x")), (1007, masked(1, b"\xff")), (1007, masked(8, b"\x03\xe8\xff"))],
+    *[(1009, masked(1, b"x" * 4097)), (1009, masked(1, b"x" * 70_000)[:14])],
+    (1009, masked(1, b"x" * 4000, final=False) + masked(0, b"x" * 97)),
 )
 def test_websocket_protocol_error_gets_its_code(code, frame):
     messages, answers = sent(frame, masked(1, b"never read"))
-    assert (messages, answers) == ([batchat.DISCONNECT], [(0x88, code.to_bytes(2, "big"))])
+    assert (messages, answers) == ([DISCONNECT], [(0x88, code.to_bytes(2, "big"))])
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1014, 3000, 4000, 4999, None])
+@cases("code", 1000, 1001, 1003, 1007, 1014, 3000, 4000, 4999, None)
 def test_websocket_close_is_answered(code):
     """With its own code, if it has one."""
     payload = b"" if code is None else code.to_bytes(2, "big")
-    assert sent(masked(8, payload + b"going" * bool(code))) == ([batchat.DISCONNECT], [(0x88, payload)])
+    assert sent(masked(8, payload + b"going" * bool(code))) == ([DISCONNECT], [(0x88, payload)])
 
 
 MESSAGES = st.sampled_from([b"", b"hi", b"a\nb\r\nc\n", "\u00e9\U0001f600".encode()])
@@ -3618,7 +3455,7 @@ def test_web_bytes_mean_the_same_however_cut(head, frames, places):
 @given(st.binary(min_size=1, max_size=300))
 def test_web_nonsense_is_answered_or_waited_for(data):
     messages, reply = messages_of(Web(), data)
-    assert messages in ([], [batchat.DISCONNECT], [batchat.REQUESTED, batchat.DISCONNECT])
+    assert messages in ([], [DISCONNECT], [batchat.REQUESTED, DISCONNECT])
     assert not messages or reply.startswith(b"HTTP/1.1 ")
 
 
@@ -3626,7 +3463,7 @@ def test_web_nonsense_is_answered_or_waited_for(data):
 def test_websocket_closes_once_and_with_a_code(frames):
     messages, replies = sent(frames)
     codes = [payload for first, payload in replies if first == 0x88]
-    assert len(codes) == (1 if batchat.DISCONNECT in messages else 0)
+    assert len(codes) == (1 if DISCONNECT in messages else 0)
     for code in filter(None, codes):
         assert 1000 <= int.from_bytes(code, "big") < 5000
     assert all(first in (0x88, 0x8A) for first, _ in replies)
@@ -3647,11 +3484,8 @@ def test_websocket_event_is_one_text_message(text):
 
 # --------------------------------------------------------------------------
 # Peers that vanish are found
-# --------------------------------------------------------------------------
-
 
 def test_silent_peers_are_given_up_after_2_min(our_end):
-    """The system asks after them."""
     assert our_end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     idle = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 60_000}
     for name, value in idle.items():
@@ -3659,9 +3493,8 @@ def test_silent_peers_are_given_up_after_2_min(our_end):
             assert our_end.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
 
 
-def test_browser_that_answers_no_ping_is_lost(worlds):
+def test_browser_that_answers_no_ping_is_lost(world):
     """Three in a row, while nothing else was pending for it."""
-    world = worlds()
     mike, ann, eve = (world.joins(name, Web) for name in ("mike", "ann", "eve"))
     slow = stalls(world, "slow", protocol=Web)
     for _ in range(3):
@@ -3675,9 +3508,8 @@ def test_browser_that_answers_no_ping_is_lost(worlds):
     assert not slow.sock.closed
 
 
-def test_browsers_are_pinged_every_30_s(worlds):
+def test_browsers_are_pinged_every_30_s(world):
     """Also before they have a name; telnet is not."""
-    world = worlds()
     mike, ann, caller = world.joins("mike"), world.joins("ann", Web), world.calls(Web)
     for seconds, pings in [(29.9, 0), (1.2, 1), (28.8, 1), (1.2, 2)]:
         world.wait(seconds)
@@ -3687,7 +3519,6 @@ def test_browsers_are_pinged_every_30_s(worlds):
 
 # --------------------------------------------------------------------------
 # The whole server, in a simulated network
-# --------------------------------------------------------------------------
 
 RUN, FLOOD = ("run_once", 2), "x" * 80
 ANN = ("joins", "ann", Telnet, "127.0.0.1", 1)
@@ -3750,12 +3581,9 @@ def test_simulated_network():
     assert wanted <= {name for name, times in reached.items() if times}
 
 
-# --------------------------------------------------------------------------
 # The soak: `pytest -m soak`
-# --------------------------------------------------------------------------
 
-
-def pytest_addoption(parser) -> None:
+def pytest_addoption(parser):
     parser.addoption("--soak-minutes", type=float, default=1, help="how long -m soak takes")
 
 
@@ -3785,7 +3613,7 @@ def test_soak_crowd_leaves_nothing_behind(houses):
                 house.calls(OPENING * (protocol is Web) + name, protocol, buffer=4096)
                 caller = random.choice(house.callers)
                 caller.reading = random.random() < 0.9
-                with contextlib.suppress(OSError):  # it was closed, or our buffers are full
+                with suppress(OSError):  # it was closed, or our buffers are full
                     line = line_on(caller.protocol, random.choice(CHAT))
                     caller.sock.send(line * random.choice([1, 1, 1, 100]))
                 if len(house.callers) > 200:
@@ -3807,13 +3635,11 @@ def test_soak_crowd_leaves_nothing_behind(houses):
 
 # --------------------------------------------------------------------------
 # The page, in Chromium
-# --------------------------------------------------------------------------
 
+class Relay(AbstractContextManager):
+    """A relay before a server's web port: it can hold what is sent, and be cut."""
 
-class Relay(contextlib.AbstractContextManager):
-    """A TCP relay before a server's web port: it can hold what is sent, and be cut."""
-
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int):
         self.port, self.open, self.sockets = port, True, []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.web_port = self.listener.getsockname()[1]
@@ -3821,24 +3647,23 @@ class Relay(contextlib.AbstractContextManager):
         self.flows()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.cut()
         self.listener.close()
 
-    def flows(self) -> None:
+    def flows(self):
         self.to_server.set()
         self.to_page.set()
 
-    def cut(self) -> None:
-        """Lose all connections with what is held, and take no new ones until `open`."""
+    def cut(self):
+        """Lose all connections and what is held; take no new ones until `open`."""
         self.open = False
         hang_up(*self.sockets)
         self.flows()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
+    def _accept(self):
+        with suppress(OSError):
+            for near, _ in iter(self.listener.accept, None):
                 if not self.open:
                     near.close()
                     continue
@@ -3848,9 +3673,9 @@ class Relay(contextlib.AbstractContextManager):
                     threading.Thread(target=self._pump, args=way, daemon=True).start()
 
     @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket, flows: threading.Event) -> None:
+    def _pump(source: socket.socket, sink: socket.socket, flows: threading.Event):
         page = False  # that is never held
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for data in iter(lambda: source.recv(65536), b""):
                 page = page or data.startswith(b"HTTP/1.1 200")
                 page or flows.wait()
@@ -3858,20 +3683,20 @@ class Relay(contextlib.AbstractContextManager):
         hang_up(source, sink)
 
 
-def hang_up(*sockets: socket.socket) -> None:
+def hang_up(*sockets: socket.socket):
     for each in sockets:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             each.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
-def page(chromium, page_server):
-    """Chromium as mike, alone in a room; tests let the page receive events."""
-    chromium.joins(page_server, "mike")
-    return chromium
+def page(mike, page_server):
+    """Chromium as mike, alone in a room."""
+    mike.joins(page_server, "mike")
+    return mike
 
 
-def said(text: str = "", name: str = "ann", **fields: object) -> dict:
+def said(text="", name="ann", **fields: object) -> dict:
     """That event, or another with these fields."""
     return {"type": "said", "id": 0, "at": int(time.time()), "name": name, "text": text, **fields}
 
@@ -3888,51 +3713,50 @@ HIDE = "Object.defineProperty(document, 'hidden', {value: true, configurable: tr
 MUTE = "socket.send = () => {};"  # nothing reaches the room
 AT_END = "log.scrollHeight - log.scrollTop - log.clientHeight < 40"
 LAST = "[...lines.querySelectorAll('p')].at(-1)"
-HISTORY = ["--web-port", "0", "--history", "9"]
 HERE = "find('summary').textContent"
+MANY = "for (let n = 0; n < %d; n += 1) receive({...%s, text: `${n} ` + 'x'.repeat(%d)});"
 
 
-def test_page_and_telnet_talk_in_one_room(chromium, jonny):
-    """What is typed on one side is read on the other, as text and never as markup."""
-    chromium.enters("hey everyone!")
+def test_page_and_telnet_talk_in_one_room(mike, jonny):
+    """What is typed is read as text, and never as markup."""
+    mike.enters("hey everyone!")
     jonny.expect("<mike> hey everyone!\n")
     markup = "<b>bold</b> <script>document.title = 'hacked'</script> &amp;"
     jonny.types(markup, "/me waves", "/msg mike psst")
     whispered = "[jonny -> mike] psst"
-    chromium.shows(whispered)
+    mike.shows(whispered)
     shown = ["<mike> hey everyone!", f"<jonny> {markup}", "** jonny waves", whispered]
-    assert chromium.lines()[-4:] == shown
-    assert chromium.finds("#lines p", "className")[-3:] == ["said", "did", "whisper"]
-    chromium.gives("document.title", "BATCHAT")
-    assert chromium.complaints() == []
+    assert mike.lines()[-4:] == shown
+    assert mike.finds("#lines p", "className")[-3:] == ["said", "did", "whisper"]
+    mike.gives("document.title", "BATCHAT")
+    assert mike.complaints() == []
 
 
-def test_page_first_screen_says_what_to_do(chromium, page_server):
-    """The banner, the question right above the input, and a button that says Join, later Send."""
-    chromium.opens(page_server)
+def test_page_first_screen_says_what_to_do(mike, page_server):
+    """The question is right above the input; its button says Join, later Send."""
+    mike.opens(page_server)
     words = "[input.placeholder, find('label').textContent, find('form button').textContent]"
-    chromium.gives(words, ["Your name", "Your name", "Join"])
+    mike.gives(words, ["Your name", "Your name", "Join"])
     gap = f"input.getBoundingClientRect().top - {LAST}.getBoundingClientRect().bottom"
-    chromium.gives(f"{LAST}.className === 'prompt' && {gap} < 50")
-    chromium.gives("[find('pre').textContent, find('pre').ariaHidden]", [batchat.BANNER, "true"])
-    chromium.gives("find('h1').textContent", "BATCHAT")
-    chromium.types("mike")
-    chromium.does("find('form button').click()")
-    chromium.shows("Hey, mike!")
-    chromium.gives(words, ["Message, or /help", "Message, or /help", "Send"])
+    mike.gives(f"{LAST}.className === 'prompt' && {gap} < 50")
+    mike.gives("[find('pre').textContent, find('pre').ariaHidden]", [batchat.BANNER, "true"])
+    mike.gives("find('h1').textContent", "BATCHAT")
+    mike.types("mike")
+    mike.does("find('form button').click()")
+    mike.shows("Hey, mike!")
+    mike.gives(words, ["Message, or /help", "Message, or /help", "Send"])
 
 
-def test_page_says_why_a_name_is_refused(chromium, page_server):
-    chromium.opens(page_server)
-    chromium.enters("not a name")
-    chromium.gives("lines.querySelectorAll('.prompt').length", 2)
-    assert chromium.finds("#lines p", "className")[-2:] == ["error", "prompt"]
-    chromium.enters("mike")
-    chromium.gives("state", "chatting")
+def test_page_says_why_a_name_is_refused(mike, page_server):
+    mike.opens(page_server)
+    mike.enters("not a name")
+    mike.gives("lines.querySelectorAll('.prompt').length", 2)
+    assert mike.finds("#lines p", "className")[-2:] == ["error", "prompt"]
+    mike.enters("mike")
+    mike.gives("state", "chatting")
 
 
 def test_page_has_no_sentence_of_the_room():
-    """The words come from the server's templates; the page takes no sentence apart."""
     script = re.sub(r"const TEXT = .*", "", batchat.SCRIPT).replace("joined(event)", "")
     words = ("joined", "has quit", "known as", "was kicked", "Hey", "is taken", "full,")
     assert not [word for word in words if word in script]
@@ -3940,28 +3764,27 @@ def test_page_has_no_sentence_of_the_room():
 
 # Own lines
 
-
-def test_page_shows_own_lines_as_pending(chromium, page_server):
-    """A line is dimmed until it comes back, in the order in which the room hears it."""
+def test_page_shows_own_lines_as_pending(mike, page_server):
+    """Until they come back, in the order in which the room hears them."""
     with Relay(page_server.web_port) as relay:
-        chromium.joins(relay, "mike")
+        mike.joins(relay, "mike")
         with page_server.join("ann") as ann:
-            chromium.shows("* ann has joined the chat")
+            mike.shows("* ann has joined the chat")
             relay.to_page.clear()
-            chromium.enters("one", "/me waves", "//two", "/who")
+            mike.enters("one", "/me waves", "//two", "/who")
             mine = ["<mike> one", "** mike waves", "<mike> /two"]
             ann.expect("\n".join([*mine, ""]))
-            chromium.gives("waiting.childElementCount", 3)
-            assert chromium.lines("#pending") == mine
-            assert chromium.lines()[-1] == "* ann has joined the chat"
+            mike.gives("waiting.childElementCount", 3)
+            assert mike.lines("#pending") == mine
+            assert mike.lines()[-1] == "* ann has joined the chat"
             ann.types("hi")
             relay.flows()
-            chromium.shows("<ann> hi")
-            assert chromium.lines("#pending") == []
+            mike.shows("<ann> hi")
+            assert mike.lines("#pending") == []
             # The room may hear /who before or after what ann said.
-            rest = [line for line in chromium.lines()[-5:] if "here" not in line]
+            rest = [line for line in mike.lines()[-5:] if "here" not in line]
             assert rest == [*mine, "<ann> hi"]
-            assert chromium.finds("#lines .own", "className")[1] == "did own"
+            assert mike.finds("#lines .own", "className")[1] == "did own"
 
 
 def test_page_confirms_the_line_that_came_back(page):
@@ -3977,7 +3800,7 @@ def test_page_confirms_the_line_that_came_back(page):
 
 
 def test_page_shows_a_few_of_many_pending_lines(page):
-    """A paste of many lines does not fill the screen; all of them are confirmed."""
+    """They do not fill the screen; all of them are confirmed."""
     page.does(MUTE + "for (let n = 0; n < 500; n += 1) say('line ' + n)")
     page.gives("waiting.childElementCount", 20)
     page.receives(*[said(f"line {n}", "mike") for n in range(490)])
@@ -3985,92 +3808,91 @@ def test_page_shows_a_few_of_many_pending_lines(page):
     assert page.lines("#pending")[0] == "<mike> line 490"
 
 
-@pytest.mark.parametrize("history", [0, 9])
-def test_page_loses_nothing_when_cut_off(chromium, history):
+@cases("history", 0, 9)
+def test_page_loses_nothing_when_cut_off(mike, history):
     """After a cut: what was missed, once; what became of own lines; and how long it took."""
-    with Server(*HISTORY[:3], str(history)) as server, Relay(server.web_port) as relay:
+    with Server("--history", str(history)) as server, Relay(server.web_port) as relay:
         ann = server.join("ann")
         ann.types("before")
-        chromium.joins(relay, "mike")
+        mike.joins(relay, "mike")
         ann.expect("* mike has joined the chat\n")
         ann.types("hi")
-        chromium.enters("mine")
+        mike.enters("mine")
         ann.expect("<mike> mine\n")
-        chromium.shows("<ann> hi")
-        chromium.gives("pending.length + queue.length", 0)
-        shown = chromium.lines()
+        mike.shows("<ann> hi")
+        mike.gives("pending.length + queue.length", 0)
+        shown = mike.lines()
         relay.to_page.clear()
-        chromium.enters("heard", "/me nods")
+        mike.enters("heard", "/me nods")
         heard = ["<mike> heard", "** mike nods"]
         ann.expect("\n".join([*heard, ""]))
         relay.to_server.clear()
-        chromium.enters("not heard")
-        chromium.gives("pending.length", 3)
-        chromium.does("pause = 0.2")
+        mike.enters("not heard")
+        mike.gives("pending.length", 3)
+        mike.does("pause = 0.2")
         relay.cut()
         ann.expect("* mike has quit the chat\n")
         ann.types("missed", "/who")
         ann.expect("* 1 here: ann\n")
-        chromium.shows("Disconnected. Reconnecting in 0.")
-        chromium.gives("waiting.childElementCount", 3)
+        mike.shows("Disconnected. Reconnecting in 0.")
+        mike.gives("waiting.childElementCount", 3)
         relay.open = True
-        chromium.shows("(not confirmed)")
-        gap, *rest = chromium.lines()[len(shown) :]
+        mike.shows("(not confirmed)")
+        gap, *rest = mike.lines()[len(shown) :]
         note = "" if history else r" Messages of that time are not shown\."
         assert re.fullmatch(r"You were away for \d+ s\." + note, gap)
         unsure = [f"{line} (not confirmed)" for line in (*heard, "<mike> not heard")]
         assert rest == ([*heard, "<ann> missed", unsure[2]] if history else unsure)
-        assert chromium.lines()[: len(shown)] == shown
-        assert chromium.lines("#pending") == []
+        assert mike.lines()[: len(shown)] == shown
+        assert mike.lines("#pending") == []
         ann.expect("* mike has joined the chat\n")
-        chromium.enters("again")
+        mike.enters("again")
         ann.expect("<mike> again\n")
-        chromium.shows("<mike> again")
+        mike.shows("<mike> again")
 
 
-def test_page_knows_a_restarted_server(chromium):
-    """The ids of another run start anew: nothing of it is taken for shown already."""
-    with Server(*HISTORY) as server:
-        chromium.joins(server, "mike")
-        chromium.does("receive({type: 'joined', id: 1000, at: 0, name: 'eve'}); pause = 0.2")
-    chromium.shows("Disconnected. Reconnecting in")
+def test_page_knows_a_restarted_server(mike):
+    """Its ids start anew: nothing is taken for shown already."""
+    with Server("--history", "9") as server:
+        mike.joins(server, "mike")
+        mike.does("receive({type: 'joined', id: 1000, at: 0, name: 'eve'}); pause = 0.2")
+    mike.shows("Disconnected. Reconnecting in")
     same_ports = ["--port", str(server.port), "--web-port", str(server.web_port)]
-    with Server(*same_ports, *HISTORY[2:]) as server:
-        chromium.gives("state === 'chatting' && seen < 1000")
-        assert len(chromium.finds("pre", "tagName")) == 1
+    with Server(*same_ports, "--history", "9") as server:
+        mike.gives("state === 'chatting' && seen < 1000")
+        assert len(mike.finds("pre", "tagName")) == 1
         server.join("jonny")
-        chromium.shows("* jonny has joined the chat")
-        assert all("WebSocket connection" in each for each in chromium.complaints())
+        mike.shows("* jonny has joined the chat")
+        assert all("WebSocket connection" in each for each in mike.complaints())
 
 
-def test_page_shows_the_history(chromium):
-    """Between two lines of the room, not as new lines; and nothing where it is empty."""
-    with Server(*HISTORY) as server:
-        chromium.joins(server, "mike")
+def test_page_shows_the_history(mike):
+    """Between two lines of the room, not as new; and nothing where it is empty."""
+    with Server("--history", "9") as server:
+        mike.joins(server, "mike")
         ann = server.join("ann")
-        chromium.shows("* ann has joined the chat")
-        assert not [line for line in chromium.lines() if "ecent messages" in line]
+        mike.shows("* ann has joined the chat")
+        assert not [line for line in mike.lines() if "ecent messages" in line]
         ann.types("hi", "/me waves")
-        chromium.opens(server)
-        chromium.does(HIDE)
-        chromium.enters("mike")
-        chromium.shows("End of recent messages.")
-        first, *rest = chromium.lines()[-4:]
+        mike.opens(server)
+        mike.does(HIDE)
+        mike.enters("mike")
+        mike.shows("End of recent messages.")
+        first, *rest = mike.lines()[-4:]
         assert re.fullmatch(r"\* Recent messages, since 20\d\d-\d\d-\d\d \d\d:\d\d:", first)
         assert rest == ["<ann> hi", "** ann waves", "* End of recent messages."]
-        chromium.gives("document.title", "BATCHAT")
+        mike.gives("document.title", "BATCHAT")
 
 
 # Reconnecting
 
-
-def test_page_waits_until_its_name_is_free(chromium, jonny):
+def test_page_waits_until_its_name_is_free(mike, jonny):
     """Its own lost connection may still have the name; the pause grows."""
-    chromium.does("pause = 0.1; socket.close()")
+    mike.does("pause = 0.1; socket.close()")
     jonny.expect("* mike has quit the chat\n")
     jonny.types("/nick mike")
     jonny.expect("* jonny is now known as mike\n")
-    chromium.shows("Reconnecting in 0.8 s \u2026")
+    mike.shows("Reconnecting in 0.8 s \u2026")
     jonny.types("/nick jonny")
     jonny.expect("* mike is now known as jonny\n* mike has joined the chat\n")
 
@@ -4094,33 +3916,33 @@ def test_page_shows_why_it_was_disconnected(page):
         page.gives("status.textContent", f"Disconnected. {way}")
 
 
-def test_page_that_is_refused_comes_in_later(chromium):
-    """A full room is said once, tried again, and entered as soon as it is not full."""
-    with Server("--web-port", "0", "--max-people", "1") as server:
+def test_page_that_is_refused_comes_in_later(mike):
+    """A full room is said once, and tried again."""
+    with Server("--max-people", "1") as server:
         ann = server.join("ann")
-        chromium.loads(server)
-        chromium.shows("* BATCHAT is full")
-        chromium.does("pause = 0.2")
-        chromium.shows("Disconnected. Reconnecting in 0.4 s")
-        assert len(chromium.lines()) == 1
+        mike.loads(server)
+        mike.shows("* BATCHAT is full")
+        mike.does("pause = 0.2")
+        mike.shows("Disconnected. Reconnecting in 0.4 s")
+        assert len(mike.lines()) == 1
         ann.types("/quit")
-        chromium.gives("state", "naming")
-        chromium.enters("mike")
-        chromium.gives("state", "chatting")
+        mike.gives("state", "naming")
+        mike.enters("mike")
+        mike.gives("state", "chatting")
 
 
-def test_page_of_somebody_kicked_stays_out(chromium, tmp_path):
-    """They read why, and others no longer see them in the list of people."""
+def test_page_of_somebody_kicked_stays_out(mike, tmp_path):
+    """They read why; others no longer see them in the list."""
     (tmp_path / "password").write_text("sesame\n")
-    with Server("--web-port", "0", "--password-file", str(tmp_path / "password")) as server:
-        chromium.joins(server, "mike")
+    with Server("--password-file", str(tmp_path / "password")) as server:
+        mike.joins(server, "mike")
         eve, ann = server.join("eve"), server.join("ann")
         ann.types("/op sesame", "/kick eve spam")
-        chromium.shows("* eve was kicked by ann: spam")
-        chromium.gives(HERE, "2 here")
+        mike.shows("* eve was kicked by ann: spam")
+        mike.gives(HERE, "2 here")
         ann.types("/kick mike")
-        chromium.shows("* You were kicked by ann")
-        chromium.shows("Disconnected. Enter a name to rejoin.")
+        mike.shows("* You were kicked by ann")
+        mike.shows("Disconnected. Enter a name to rejoin.")
         assert eve.rest().endswith("* You were kicked by ann: spam\r\n")
 
 
@@ -4130,67 +3952,67 @@ def test_page_kick_without_reason_has_no_colon(page):
     assert page.lines()[-2:] == ["* eve was kicked by ann", "* eve was kicked by ann: spam: again"]
 
 
-def test_page_that_left_asks_for_a_name(chromium, jonny):
-    chromium.enters("/nick mick", "/quit")
+def test_page_that_left_asks_for_a_name(mike, jonny):
+    mike.enters("/nick mick", "/quit")
     jonny.expect("* mike is now known as mick\n* mick has quit the chat\n")
-    chromium.shows("You left. Enter a name to rejoin.")
-    chromium.gives("find('form button').textContent", "Join")
-    chromium.enters("ann")
+    mike.shows("You left. Enter a name to rejoin.")
+    mike.gives("find('form button').textContent", "Join")
+    mike.enters("ann")
     jonny.expect("* ann has joined the chat\n")
-    chromium.shows("You were away for")
+    mike.shows("You were away for")
 
 
-def test_page_reloads_for_another_protocol(chromium, jonny):
+def test_page_reloads_for_another_protocol(mike, jonny):
     """Once: if the server sends the same page again, that has to do."""
     greeting = "receive({type: 'greeting', protocol: 2, banner: '', text: '', max_line: 99})"
-    chromium.does(f"window.old = true; {greeting}")
+    mike.does(f"window.old = true; {greeting}")
     jonny.expect("* mike has quit the chat\n* mike has joined the chat\n")
-    chromium.gives("!window.old && state === 'chatting'")
-    chromium.does(f"window.old = true; {greeting}")
-    chromium.enters("still here")
+    mike.gives("!window.old && state === 'chatting'")
+    mike.does(f"window.old = true; {greeting}")
+    mike.enters("still here")
     jonny.expect("<mike> still here\n")
-    chromium.gives("window.old")
+    mike.gives("window.old")
 
 
-def test_page_leaves_when_another_is_opened(chromium, jonny):
+def test_page_leaves_when_another_is_opened(mike, jonny):
     """Although the browser may keep it for a step back; after that, it is there again."""
-    chromium._ask("POST", "/url", url="about:blank")
+    mike._ask("POST", "/url", url="about:blank")
     jonny.expect("* mike has quit the chat\n")
-    chromium._ask("POST", "/back")
+    mike._ask("POST", "/back")
     jonny.expect("* mike has joined the chat\n")
 
 
-def test_page_name_outlives_a_reload(chromium, jonny):
-    """It is given again, and asked for where somebody else has it now."""
-    chromium.enters("/nick mick")
-    chromium.gives("name", "mick")
-    chromium.reloads()
+def test_page_name_outlives_a_reload(mike, jonny):
+    """It is asked for where somebody else has it now."""
+    mike.enters("/nick mick")
+    mike.gives("name", "mick")
+    mike.reloads()
     jonny.expect("* mike is now known as mick\n* mick has quit the chat\n")
     jonny.expect("* mick has joined the chat\n")
-    chromium.does("sessionStorage.setItem('name', 'jonny')")
-    chromium.reloads()
-    chromium.shows("* The name jonny is taken.")
-    chromium.enters("mike")
-    chromium.gives("[name, state]", ["mike", "chatting"])
+    mike.does("sessionStorage.setItem('name', 'jonny')")
+    mike.reloads()
+    mike.shows("* The name jonny is taken.")
+    mike.enters("mike")
+    mike.gives("[name, state]", ["mike", "chatting"])
 
 
-@pytest.mark.parametrize("name", ["mike", "jonny"])
-def test_page_keeps_what_is_typed_before_welcome(chromium, jonny, page_server, name):
-    """Typed and entered before the room has taken the remembered name: not sent, not lost."""
+@cases("name", "mike", "jonny")
+def test_page_keeps_what_is_typed_before_welcome(mike, jonny, page_server, name):
+    """It is not sent, and not lost."""
     with Relay(page_server.web_port) as relay:
-        chromium.joins(relay, "mike")
+        mike.joins(relay, "mike")
         jonny.expect("* mike has quit the chat\n* mike has joined the chat\n")
-        chromium.does(f"sessionStorage.setItem('name', '{name}')")
+        mike.does(f"sessionStorage.setItem('name', '{name}')")
         relay.to_page.clear()
-        chromium.reloads()
+        mike.reloads()
         jonny.expect("* mike has quit the chat\n")
-        chromium.enters("draft")
+        mike.enters("draft")
         relay.flows()
         if name == "jonny":
-            chromium.shows("* The name jonny is taken.")
-            chromium.enters("mike")
+            mike.shows("* The name jonny is taken.")
+            mike.enters("mike")
         jonny.expect("* mike has joined the chat\n")
-        chromium.gives("[state, input.value]", ["chatting", "draft"])
+        mike.gives("[state, input.value]", ["chatting", "draft"])
 
 
 def test_page_sends_nothing_before_it_is_asked(page):
@@ -4200,7 +4022,6 @@ def test_page_sends_nothing_before_it_is_asked(page):
 
 
 # What is new
-
 
 def test_page_does_not_move_who_scrolled_up(page):
     page.receives(*[said(f"line {n}") for n in range(40)])
@@ -4257,9 +4078,8 @@ def test_page_stays_at_the_end_when_sizes_change(page):
 
 # Lines
 
-
 def test_page_shows_days_and_times_of_the_reader(page):
-    """In the reader's time zone, whatever the server's is, with a line between two days."""
+    """In their own time zone, with a line between two days."""
     page.emulates("Emulation.setTimezoneOverride", timezoneId="Asia/Kolkata")
     at = 1764095400  # 2025-11-26 00:00 in India, 2025-11-25 18:30 UTC
     page.receives(said("first", at=at - 60), said("same day", at=at - 1), said("next", at=at))
@@ -4271,18 +4091,18 @@ def test_page_shows_days_and_times_of_the_reader(page):
     page.emulates("Emulation.setTimezoneOverride", timezoneId="")
 
 
-def test_page_lines_hang_in_and_no_blank_is_sent(chromium, jonny):
-    chromium.enters("", " ", "hello")
+def test_page_lines_hang_in_and_no_blank_is_sent(mike, jonny):
+    mike.enters("", " ", "hello")
     jonny.expect("<mike> hello\n")
-    chromium.gives(f"{LAST}.textContent.endsWith('hello')")
-    chromium.does("window.style = getComputedStyle(find('p.said'))")
-    chromium.gives("-parseFloat(style.textIndent) > 0 && style.boxShadow !== 'none'")
-    chromium.gives("parseFloat(style.paddingLeft) > -parseFloat(style.textIndent)")
-    chromium.gives("style.overflowX", "clip")
+    mike.gives(f"{LAST}.textContent.endsWith('hello')")
+    mike.does("window.style = getComputedStyle(find('p.said'))")
+    mike.gives("-parseFloat(style.textIndent) > 0 && style.boxShadow !== 'none'")
+    mike.gives("parseFloat(style.paddingLeft) > -parseFloat(style.textIndent)")
+    mike.gives("style.overflowX", "clip")
 
 
 def test_page_lines_keep_their_direction(page):
-    """Right-to-left text and names stand on their own, in the list of people as well."""
+    """Names in the list of people, too."""
     arabic = "\u0645\u0631\u062d\u0628\u0627"
     page.receives(said(f"{arabic}, 1", arabic), joined(arabic))
     page.gives(f"{LAST}.className", "joined")
@@ -4296,7 +4116,7 @@ def test_page_lines_keep_their_direction(page):
 
 
 def test_page_links_go_where_they_seem_to(page):
-    """With balanced brackets and without the sentence's; the real host where it looks different."""
+    """Without what belongs to the sentence; the real host is told where it looks different."""
     for text, link in (
         ("see https://example.com/a?b=c#d.", "https://example.com/a?b=c#d"),
         ("(http://example.com/x), and", "http://example.com/x"),
@@ -4335,18 +4155,17 @@ def test_page_help_can_be_read_on_a_phone(page):
 
 # People
 
-
-def test_page_list_of_people_is_up_to_date(chromium, jonny):
+def test_page_list_of_people_is_up_to_date(mike, jonny):
     """Counted and listed; its own question for it is not shown, the user's is."""
-    chromium.gives(HERE, "2 here")
-    assert not [line for line in chromium.lines() if "2 here: " in line]
+    mike.gives(HERE, "2 here")
+    assert not [line for line in mike.lines() if "2 here: " in line]
     jonny.types("/nick john")
-    chromium.does("who.open = true")
-    chromium.gives("list.innerText", "john\nmike")
-    chromium.enters("/who")
-    chromium.shows("* 2 here: john, mike")
+    mike.does("who.open = true")
+    mike.gives("list.innerText", "john\nmike")
+    mike.enters("/who")
+    mike.shows("* 2 here: john, mike")
     jonny.types("/quit")
-    chromium.gives(f"[{HERE}, list.innerText]", ["1 here", "mike"])
+    mike.gives(f"[{HERE}, list.innerText]", ["1 here", "mike"])
 
 
 def test_page_operators_keep_their_mark(page):
@@ -4376,26 +4195,25 @@ def test_page_notes_ones_own_new_name(page):
 
 # The keyboard
 
-
-def test_page_paste_of_many_lines_is_many_lines(chromium, jonny):
-    chromium.types("say ")
-    chromium.does(
+def test_page_paste_of_many_lines_is_many_lines(mike, jonny):
+    mike.types("say ")
+    mike.does(
         "const clipboardData = new DataTransfer(), how = {clipboardData, cancelable: true};"
         "clipboardData.setData('text', 'one\\ntwo\\nthree');"
         "input.dispatchEvent(new ClipboardEvent('paste', how));"
     )
-    chromium.types("!" + ENTER)
+    mike.types("!" + ENTER)
     jonny.expect("<mike> say one\n<mike> two\n<mike> three!\n")
 
 
-def test_page_does_not_send_a_line_too_long(chromium, jonny):
+def test_page_does_not_send_a_line_too_long(mike, jonny):
     """The limit is the server's; what was typed stays."""
-    chromium.does("input.value = '\u00e9'.repeat(2049)")
-    chromium.types(ENTER)
-    chromium.shows("Not sent: 4098 bytes, and a line has at most 4096.")
-    chromium.gives("[state, input.value.length, pending.length]", ["chatting", 2049, 0])
-    chromium.does("input.value = '\u00e9'.repeat(2048)")
-    chromium.types(ENTER)
+    mike.does("input.value = '\u00e9'.repeat(2049)")
+    mike.types(ENTER)
+    mike.shows("Not sent: 4098 bytes, and a line has at most 4096.")
+    mike.gives("[state, input.value.length, pending.length]", ["chatting", 2049, 0])
+    mike.does("input.value = '\u00e9'.repeat(2048)")
+    mike.types(ENTER)
     jonny.expect(f"<mike> {chr(233) * 2048}\n")
 
 
@@ -4430,7 +4248,6 @@ def test_page_escape_closes_the_list(page):
 
 # Colours
 
-
 ALL_COLOURS = """
 socket.send = () => {}; say('pending'); below = 2; following = false; who.open = true;
 show({type: 'said', name: 'ann', text: 'mike'}, 'past'); tell('a status');
@@ -4462,9 +4279,9 @@ return [...texts.map(it => [it, '']), [input, '::placeholder']].map(([it, part])
 });"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@cases("scheme", "light", "dark")
 def test_page_texts_have_contrast(page, scheme):
-    """4.5:1 for all on the screen, as it is painted: past, pending and unconfirmed, too."""
+    """4.5:1 for all on the screen, as it is painted."""
     media = [{"name": "prefers-color-scheme", "value": scheme}]
     page.emulates("Emulation.setEmulatedMedia", features=media)
     page.receives(said("hi mike"), said("mine", "mike"), said("waves", type="did"))
@@ -4487,20 +4304,16 @@ def test_page_names_have_different_colours(page):
 
 # Much to paint
 
-
 def test_page_remembers_a_bounded_number_of_names(page):
     page.does("for (let n = 0; n < 3000; n += 1) hueOf('n' + n)")
     page.gives("hues.size", 1000)
 
 
-FLOOD = "for (let n = 0; n < %d; n += 1) receive({...%s, text: `${n} ` + 'x'.repeat(%d)});"
-
-
-@pytest.mark.parametrize(("count", "length"), [(12000, 5), (1000, 4000)])
+@cases("count, length", (12000, 5), (1000, 4000))
 def test_page_keeps_the_last_lines(page, count, length):
-    """Lines that arrive together are painted together; the log and the queue are bounded."""
+    """The log is bounded, and so is what waits to be painted."""
     bounded = f"return [{LAST}.className, queue.length, queued]"
-    last, waiting, queued = page.does(FLOOD % (count, json.dumps(said()), length) + bounded)
+    last, waiting, queued = page.does(MANY % (count, json.dumps(said()), length) + bounded)
     assert last != "said" and waiting <= 5000 and queued <= 500_000
     page.gives(f"queue.length === 0 && {LAST}.textContent.includes('<ann> {count - 1} ')")
     kept, size = page.does("return [lines.querySelectorAll('p').length, lines.textContent.length]")
@@ -4514,7 +4327,7 @@ def test_page_paints_little_at_a_time(page):
         "window.painted = []; const one = paint; paint = () => {"
         "  const before = lines.textContent.length; one();"
         "  painted.push(lines.textContent.length - before); };"
-        + FLOOD % (50, json.dumps(said()), 4000)
+        + MANY % (50, json.dumps(said()), 4000)
     )
     page.gives("queue.length === 0 && painted.length >= 10 && Math.max(...painted) < 20000")
 
@@ -4526,23 +4339,23 @@ def test_page_makes_few_links_of_a_line(page):
 
 
 def test_page_is_quick_with_every_line(page):
-    """No pattern takes time by the square: 400 lines of 4 KiB each are quick."""
-    shapes = ["." * 4096, "-." * 2048, "mike." * 819, "http://a/" + ")" * 4087, "http://" * 585]
-    shapes += [" " * 4096, "/me" + " " * 4090, "a" * 4096, "\u05d0a" * 1365]
-    for shape in [*shapes, "https://x.y/" + "(" * 4000 + ")." * 40]:
-        took = page.does(
-            f"const event = {{...{json.dumps(said(shape))}, date: new Date()}}, start = Date.now();"
-            "input.value = event.text; complete(); for (let n = 0; n < 400; n += 1) {"
-            "paragraph(event); isCalled(event); pendingOf(event.text); PASSWORD.test(event.text); }"
-            "return Date.now() - start;"
-        )
-        assert took < 2000, shape[:20]
+    """No line takes ten times as long as a plain link of its size."""
+    link, size = "https://x.y/", 100_000
+    shapes = {"": [".", "-.", "mike.", "http://", " ", "a", "\u05d0a"], "/me": " "}
+    shapes.update({link + "(" * 50_000: ")]", link: [").", "http://a ", *").(a"]})
+    texts = [(start + end * size)[:size] for start, ends in shapes.items() for end in ends]
+    script = (
+        "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => { completing = null;"
+        "const start = performance.now(); input.value = event.text; complete(); isCalled(event);"
+        "paragraph(event); pendingOf(event.text); PASSWORD.test(event.text); input.value = '';"
+        "return performance.now() - start; }));"
+    )
+    *times, plain = [page.does("const event = " + script % json.dumps(said(it))) for it in texts]
+    assert max(times) < 10 * plain, times
 
 
 # --------------------------------------------------------------------------
 # python bench/fanout.py
-# --------------------------------------------------------------------------
-
 
 @pytest.fixture
 def bench(tmp_path):
@@ -4554,22 +4367,16 @@ def bench(tmp_path):
     return [*program, "--people", "20", "--talkers", "2", "--repeat", "1"]
 
 
-def servers_of(bench: list[str]) -> list[Path]:
-    """The processes that run the copy of BATCHAT beside that benchmark."""
+def has_servers(bench: list[str]) -> bool:
+    """Whether the copy beside that benchmark runs; raises OSError if a process has just ended."""
     program = os.fsencode(Path(bench[1]).parent.parent / "batchat.py")
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if program in (process / "cmdline").read_bytes().split(b"\0")[:3]:
-                found.append(process)
-    return found
+    commands = [each.read_bytes() for each in Path("/proc").glob("[0-9]*/cmdline")]
+    return any(program in each.split(b"\0")[:3] for each in commands)
 
 
-def test_the_benchmark_prints_a_row_for_every_load_and_says_what_is_missing(bench, tmp_path):
-    command = [*bench, "--seconds", "0.2", "--peers", "batchat", "nats"]
-    done = subprocess.run(
-        command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=True
-    )
+def test_benchmark_prints_a_row_for_each_load(bench, tmp_path):
+    peers = ["--peers", "batchat", "nats"]
+    done = run(*bench, "--seconds", "0.2", *peers, env={"PATH": ""}, timeout=60)
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     loads = ["flat out, 20 people", "one at a time, 20 people", "one stalls, 10 people"]
     assert [(row[0].strip("| "), row[1]) for row in rows] == [
@@ -4583,11 +4390,9 @@ def test_the_benchmark_prints_a_row_for_every_load_and_says_what_is_missing(benc
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="there is no /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_benchmark_ends_its_servers_however_it_ends_itself(bench, number):
-    with subprocess.Popen(
-        [*bench, "--seconds", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        wait_until(lambda: servers_of(bench))
+@cases("number", signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+def test_benchmark_ends_its_servers(bench, number):
+    with subprocess.Popen([*bench, "--seconds", "60"], **SILENT) as process:
+        wait_until(lambda: has_servers(bench))
         process.send_signal(number)
-    wait_until(lambda: not servers_of(bench))
+    wait_until(lambda: not has_servers(bench))
