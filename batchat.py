@@ -172,18 +172,13 @@ WHISPER_LIMIT = 64 << 10  # bytes of private lines pending: others can't add mor
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # bytes of private lines pending: their reader's input waits
 
 # Sockets
-SEND_BUFFER = 2 << 20  # bytes; Linux doubles it
 READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 SPARE_DESCRIPTORS = 16  # for our own use
 LOBBY = 16  # descriptors for callers who are refused because the server is full
-KEEPALIVE_IDLE = 60  # seconds of silence before the first keepalive probe
-KEEPALIVE_INTERVAL = 15  # seconds between probes
-KEEPALIVE_COUNT = 4  # probes without an answer: the peer is lost
 PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
-USER_TIMEOUT = 60_000  # milliseconds without an ACK for what was sent: the peer is lost
 
 # Tokens: an allowance of --rate a second.
 BURST_SECONDS = 5  # of the rate: what may be saved up
@@ -1316,13 +1311,13 @@ SOCKET_OPTIONS = [
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line is sent at once
         (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
         # A buffer of the system's choice grows, and a stalled reader seems to read on.
-        (socket.SOL_SOCKET, "SO_SNDBUF", SEND_BUFFER),
+        (socket.SOL_SOCKET, "SO_SNDBUF", 2 << 20),  # bytes; Linux doubles it
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_IDLE),
-        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", KEEPALIVE_IDLE),  # macOS's name for it
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", KEEPALIVE_COUNT),
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", USER_TIMEOUT),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),  # seconds of silence before the first probe
+        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),  # macOS's name for it
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),  # seconds between probes
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),  # probes without an answer: the peer is lost
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 60_000),  # milliseconds without an ACK
     ]
     if hasattr(socket, name)
 ]
@@ -1356,9 +1351,7 @@ class Connection(Person):
 class Reactor:
     """The event loop.
 
-    The logs grow while input is processed, and not while they are sent, because memoryviews of
-    them are alive.  `_reconcile` derives all that follows from a connection's state.  `_guard`
-    confines every error to the connection that it belongs to.
+    No log may grow while it is sent, because a memoryview of it is alive.
     """
 
     def __init__(
@@ -1381,13 +1374,9 @@ class Reactor:
         self.blocked: dict[Connection, None] = {}  # those whose socket did not take everything
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
         self.paused = False  # no input is processed, because somebody lags too far behind
-        self.tick_at = self.now
+        self.tick_at = self.now  # the first tick registers the listeners
         self.ping_at = self.now + PING_SECONDS
         self.ends_at = NEVER  # when the server stops, whoever is still connected
-
-        for listener in listeners:
-            listener.setblocking(False)
-        self._register_listeners()
 
     def run(self) -> bool:
         """Serve until `stop` was called; returns False if it was an error that stopped it."""
@@ -1403,6 +1392,7 @@ class Reactor:
                 self.stop()
         for connection in list(self.connections):
             self._close(connection)
+        self.chat.changed.clear()
         return well
 
     def stop(self) -> None:
@@ -1410,7 +1400,8 @@ class Reactor:
         if self.ends_at == NEVER:
             self.ends_at = self.now + SHUTDOWN_SECONDS
             for listener in self.listeners:
-                self._unregister_listener(listener)
+                with contextlib.suppress(KeyError):  # it is not registered
+                    self.selector.unregister(listener)
                 listener.close()
             self.chat.shut_down(self.connections)
 
@@ -1439,31 +1430,28 @@ class Reactor:
             log.trim(min([log.offered, *cursors]))
 
     def _timeout(self) -> float:
-        if self.chat.changed or any(log.offered < log.end for log in self.chat.logs.values()):
+        if self.chat.changed:
             return 0
         until = min(map(self._ready_at, self.ready), default=NEVER)
         if until > self.now:
             until = max(until, self.now + PACE_SECONDS)
-        until = min(until, self.tick_at, self.ends_at)
-        if self.paused:
-            until = min(until, self.now + POLL_SECONDS)
-        return max(0, until - self.clock())
+        poll_at = self.now + POLL_SECONDS if self.paused else NEVER
+        return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock())
 
     def _advance_clock(self) -> None:
         """The stall budget runs down while the room is paused, and recovers when it is not."""
         before, self.now = self.now, self.clock()
         self.limiter.now, self.chat.at = self.now, int(time.time())
-        change = before - self.now if self.paused else (self.now - before) * STALL_RECOVERY
+        change = (self.now - before) * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
 
     def _on_io(self, connection: Connection, events: int) -> None:
         """Read, or try to send again."""
-        if connection in self.connections:  # it may have been dropped in this iteration
-            self.chat.changed[connection] = None
-            if events & WRITE:
-                self.blocked.pop(connection, None)
-            if events & READ:
-                self._guard(self._read, connection)
+        self.chat.changed[connection] = None
+        if events & WRITE:
+            self.blocked.pop(connection, None)
+        if events & READ:
+            self._guard(self._read, connection)
 
     def _process_ready(self) -> None:
         """Process input, first of those who have used least of their share; or in turn."""
@@ -1471,13 +1459,11 @@ class Reactor:
         for connection in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
                 return
-            if connection not in self.ready:
-                continue  # it was dropped in this iteration
-            may_proceed = self._ready_at(connection) <= self.now
-            if may_proceed:
+            if connection in self.ready and self._ready_at(connection) <= self.now:
                 self.ready[connection] = self.ready.pop(connection)  # behind the others
-            if may_proceed or connection.unscanned:  # which may hold Ctrl-C
-                self._guard(self._process_input, connection)
+            elif not connection.unscanned:  # which may hold Ctrl-C
+                continue
+            self._guard(self._process_input, connection)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1504,17 +1490,14 @@ class Reactor:
 
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
-        while True:
+        for connection in self._lagging():
+            # Send now: the selector reports space only when there is much of it.
+            del self.blocked[connection]
+            self._guard(self._reconcile, connection)
+        if self.stall_budget < POLL_SECONDS:
             for connection in self._lagging():
-                # Send now: the selector reports space only when there is much of it.
-                del self.blocked[connection]
-                self._guard(self._reconcile, connection)
-            lagging = self._lagging()
-            if not lagging or self.stall_budget >= POLL_SECONDS:
-                break
-            for connection in lagging:  # others may lag by their quit notices: look again
                 self._drop(connection, "too far behind")
-        self.paused = bool(lagging)
+        self.paused = bool(self._lagging())
 
     def _lagging(self) -> list[Connection]:
         return [each for each in self.blocked if each.outbox.lag > LAG_LIMIT]
@@ -1522,7 +1505,8 @@ class Reactor:
     def _tick(self) -> None:
         """Once a second: retry what failed, ping, check deadlines."""
         self.tick_at = self.now + TICK_SECONDS
-        self._register_listeners()
+        for listener in self.listeners if self.ends_at == NEVER else ():
+            self._await_callers(listener)
         self.limiter.tick()
         pings = self.now >= self.ping_at
         if pings:
@@ -1540,8 +1524,7 @@ class Reactor:
         if connection.outbox.has_pending or connection in self.ready:
             return
         if connection.unanswered >= PINGS_LIMIT:
-            self._lose(connection, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-            self._reconcile(connection)
+            self._lose(connection, os.strerror(errno.ETIMEDOUT))
         else:
             connection.unanswered += 1
             self.chat.send_raw(connection, connection.protocol.PING)
@@ -1551,22 +1534,15 @@ class Reactor:
             self._drop(connection, "lost")
         else:
             self.chat.disconnect(connection, "no name in time", "timeout")
-            self._reconcile(connection)
 
-    # Listeners
-    def _register_listeners(self) -> None:
-        """Have the selector report callers."""
-        for listener in self.listeners if self.ends_at == NEVER else ():
-            if listener not in self.selector.get_map():
-                try:
-                    accept = functools.partial(self._accept, listener)
-                    self.selector.register(listener, READ, accept)
-                except OSError as error:
-                    logger.warning("can't wait for callers: %s", error.strerror)
-
-    def _unregister_listener(self, listener: socket.socket) -> None:
-        with contextlib.suppress(KeyError):  # it is not registered
-            self.selector.unregister(listener)
+    # Callers
+    def _await_callers(self, listener: socket.socket) -> None:
+        if listener not in self.selector.get_map():
+            try:
+                listener.setblocking(False)
+                self.selector.register(listener, READ, functools.partial(self._accept, listener))
+            except OSError as error:
+                logger.warning("can't wait for callers: %s", error.strerror)
 
     def _accept(self, listener: socket.socket) -> None:
         """Accept callers, unless the server was stopped in this iteration."""
@@ -1577,19 +1553,20 @@ class Reactor:
                 return
             except OSError as error:  # no descriptors or memory: the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
-                self._unregister_listener(listener)
+                self.selector.unregister(listener)
                 return
-            if address:  # macOS gives none for a caller who is gone again
-                host, port = address[:2]
-                host = host[7:] if host.startswith("::ffff:") else host  # IPv4
-                origin, log = f"{host} port {port}", self.chat.logs[self.listeners[listener]]
-                connection = Connection(sock, origin, log, self.settings.rate, self.now)
-                self.connections[connection] = None
-                ours = ""
-                with contextlib.suppress(OSError):  # they are gone again
-                    ours = sock.getsockname()[0]
-                self.limiter.connect(connection, host, ours)
-                self._guard(self._admit, connection)
+            if not address:  # on macOS: the caller is gone again
+                continue
+            host, port = address[:2]
+            host = host[7:] if host.startswith("::ffff:") else host  # IPv4
+            origin, log = f"{host} port {port}", self.chat.logs[self.listeners[listener]]
+            connection = Connection(sock, origin, log, self.settings.rate, self.now)
+            self.connections[connection] = None
+            ours = ""
+            with contextlib.suppress(OSError):  # the caller is gone again
+                ours = sock.getsockname()[0]
+            self.limiter.connect(connection, host, ours)
+            self._guard(self._admit, connection)
 
     def _admit(self, connection: Connection) -> None:
         sock, protocol = connection.sock, connection.protocol
@@ -1608,10 +1585,7 @@ class Reactor:
 
     def _evict(self, connection: Connection) -> None:
         """While too many like this one are departing, close the oldest."""
-        while True:
-            surplus = cast("Connection | None", self.limiter.surplus(connection))
-            if not surplus:
-                return
+        while surplus := cast("Connection | None", self.limiter.surplus(connection)):
             if surplus.is_unfinished:
                 self._drop(surplus, "too many connections")
             else:
@@ -1643,15 +1617,14 @@ class Reactor:
 
     def _read(self, connection: Connection) -> None:
         """Read ahead; `_reconcile` asks for it only where there is space."""
-        space = READ_AHEAD - len(connection.read_buffer)
         try:
-            data = connection.sock.recv(min(READ_SIZE, space))
+            data = connection.sock.recv(min(READ_SIZE, READ_AHEAD - len(connection.read_buffer)))
         except BlockingIOError:
             return
         except OSError as error:
             if connection not in self.ready:
                 raise
-            self._lose(connection, error)  # what they sent before is still said
+            self._lose(connection, error.strerror)  # what they sent before is still said
             data = b""
         connection.unanswered = 0
         connection.read_buffer += data
@@ -1660,11 +1633,9 @@ class Reactor:
         self.ready.setdefault(connection)
 
     def _process_input(self, connection: Connection) -> None:
-        """Process one step of a person's input, so that nobody else waits for long.
+        """Feed the protocol what one token buys (at rate 0, one read), and handle its lines.
 
-        A step feeds the protocol what one token buys (without --rate, one read), and handles the
-        lines in it.  It stops where any of them has the person wait.  They stay in the ready
-        queue until all that was read is processed.
+        They stay in the ready queue until all that was read is processed.
         """
         protocol = connection.protocol
         step = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
@@ -1715,8 +1686,7 @@ class Reactor:
                 if connection.ended:
                     self._close(connection)
                     return
-                # Closing with input unread is a reset, and the peer would lose the last lines
-                # (RFC 1122, section 4.2.2.13).
+                # To close with input unread resets the connection (RFC 1122, 4.2.2.13).
                 self._shutdown(connection, socket.SHUT_WR)
         reads = not connection.ended and len(connection.read_buffer) < READ_AHEAD
         self._ask_selector(connection, READ * reads | WRITE * (connection in self.blocked))
@@ -1724,31 +1694,29 @@ class Reactor:
     def _flush(self, connection: Connection) -> None:
         with connection.outbox.unsent() as unsent:
             try:
-                sent = connection.sock.send(unsent) if unsent else 0
+                connection.outbox.advance(connection.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError as error:
-                self._lose(connection, error)
-                return
-        connection.outbox.advance(sent)
+                self._lose(connection, error.strerror)
 
     def _check_error(self, connection: Connection) -> None:
         """Look for a reset, which the selector does not report while input waits."""
         error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self._lose(connection, OSError(error, os.strerror(error)))
-            self._reconcile(connection)
+            self._lose(connection, os.strerror(error))
 
-    def _lose(self, connection: Connection, error: OSError) -> None:
+    def _lose(self, connection: Connection, why: str | None) -> None:
         """A connection is lost: send nothing more, so that no peer ever reads past a gap.
 
         What was sent before may still wait to be processed.  It is said for LOST_SECONDS.
         """
         if not connection.outbox.write_closed:
             level = logging.INFO if connection.state is CHATTING else logging.DEBUG
-            logger.log(level, "%s was lost: %s", connection.origin, error.strerror)
+            logger.log(level, "%s was lost: %s", connection.origin, why)
             if connection.state is not CLOSING:
                 connection.timer_start = self.now
+            self.chat.changed[connection] = None
             connection.outbox.close_writes()
             self.limiter.depart(connection)
             self._shutdown(connection, socket.SHUT_RDWR)
@@ -1764,7 +1732,6 @@ class Reactor:
         before, sock = connection.events, connection.sock
         if events == before:
             return
-        connection.events = 0  # a selector that fails has dropped the socket
         if not events:
             self.selector.unregister(sock)
         elif not before:
@@ -1786,11 +1753,9 @@ class Reactor:
     def _close(self, connection: Connection) -> None:
         for kept in (self.connections, self.ready, self.blocked):
             kept.pop(connection, None)
-        self.chat.changed.pop(connection, None)
         self.limiter.disconnect(connection)
-        with contextlib.suppress(OSError, KeyError):  # closing the socket will do
-            if connection.events:
-                self.selector.unregister(connection.sock)
+        with contextlib.suppress(OSError, KeyError):  # it failed, or is not registered
+            self.selector.unregister(connection.sock)
         with contextlib.suppress(OSError):  # there is nothing else to do
             connection.sock.close()
 
@@ -1798,68 +1763,54 @@ class Reactor:
 # --------------------------------------------------------------------------
 # 8. main
 
-def whole_number(most: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from 0 to `most`."""
-
-    def parse(text: str) -> int:
-        if not 0 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from 0 to {most}")
-        return int(text)
-
-    parse.__name__ = "whole number"  # argparse names it where int() fails
-    return parse
-
-
-def one_line(text: str) -> str:
-    """An argparse type: text as it may stand on anybody's screen."""
-    return clean(text.encode("utf-8", "replace").decode())
+def whole_number(most: int, text: str) -> int:
+    """A whole number from 0 to `most`; raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {most}")
+    return int(text)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; exits with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="batchat.py",
         description="A chat room for telnet and browsers.",
         epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
     )
-    port, count, lines = map(whole_number, (65535, 1_000_000, HISTORY_LINES))
-    rows: list[tuple[str, str, Callable[[str], object], object, str]] = [
-        ("--host", "ADDRESS", str, None, "listen on this address (default: all, IPv4 and IPv6)"),
-        ("--port", "N", port, 1337, "port for telnet; 0 is any free one"),
-        ("--web-port", "N", port, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
-        ("--rate", "N", count, 10, "lines a second from one person; 0 is no limit"),
-        ("--max-people", "N", count, 0, "people in the room; 0 is as many as can connect"),
-        ("--max-per-address", "N", count, 100, "connections from one address; 0 is no limit"),
-        ("--history", "N", lines, 0, f"lines that newcomers are shown, up to {HISTORY_LINES}"),
-        ("--welcome", "TEXT", one_line, WELCOME, "what callers are shown first"),
-        ("--password-file", "FILE", str, None, "the operators' password is its first line"),
-    ]
-    for flag, value, kind, default, text in rows:
-        shown = text if default is None else f"{text} (default: %(default)s)"
-        parser.add_argument(flag, metavar=value, type=kind, default=default, help=shown)
-    for flags, text in [
-        (["--behind-proxy"], "trust X-Forwarded-For of browsers that call from localhost"),
-        (["--no-web"], "do not listen for browsers"),
-        (["-v", "--verbose"], "log callers who never joined, too"),
+    add = parser.add_argument
+    add("--host", metavar="ADDRESS", help="listen on this address (default: all, IPv4 and IPv6)")
+    for flag, most, default, text in [
+        ("--port", 65535, 1337, "port for telnet; 0 is any free one"),
+        ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
+        ("--rate", 1_000_000, 10, "lines a second from one person; 0 is no limit"),
+        ("--max-people", 1_000_000, 0, "people in the room; 0 is as many as can connect"),
+        ("--max-per-address", 1_000_000, 100, "connections from one address; 0 is no limit"),
+        ("--history", HISTORY_LINES, 0, f"lines that newcomers are shown, up to {HISTORY_LINES}"),
     ]:
-        parser.add_argument(*flags, action="store_true", help=text)
-    parser.add_argument("--version", action="version", version=f"BATCHAT {__version__}")
+        number = functools.partial(whole_number, most)
+        shown = text if default is None else f"{text} (default: %(default)s)"
+        add(flag, metavar="N", type=number, default=default, help=shown)
+    text = "what callers are shown first (default: %(default)s)"
+    add("--welcome", metavar="TEXT", default=WELCOME, help=text)
+    add("--password-file", metavar="FILE", help="the operators' password is its first line")
+    text = "trust X-Forwarded-For of browsers that call from localhost"
+    add("--behind-proxy", action="store_true", help=text)
+    add("--no-web", action="store_true", help="do not listen for browsers")
+    add("-v", "--verbose", action="store_true", help="log callers who never joined, too")
+    add("--version", action="version", version=f"BATCHAT {__version__}")
     return parser.parse_args(arguments)
 
 
 def read_password(path: str) -> str:
-    """The first line of a file; raises OSError, or ValueError if there is none in UTF-8."""
-    with open(path, "rb") as file:
-        line = file.readline(LINE_LIMIT)
-        if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
-            logger.warning("everybody on this machine can read %s", path)
+    """The first line of a file; exits if there is none."""
     try:
-        password = clean(line.decode("utf-8-sig")).strip()
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    if not password:
-        raise ValueError("its first line is empty")
-    return password
+        with open(path, "rb") as file:
+            line = file.readline(LINE_LIMIT).decode("utf-8-sig")
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                logger.warning("everybody on this machine can read %s", path)
+        password, why = clean(line).strip(), "its first line is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        password, why = "", getattr(error, "strerror", "it is not UTF-8")
+    return password or sys.exit(f"batchat: no password in {path}: {why}")
 
 
 def raise_descriptor_limit() -> int:
@@ -1869,126 +1820,104 @@ def raise_descriptor_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def open_listener(host: str | None, port: int) -> socket.socket:
-    """A socket that listens on `host`, or on every address; raises OSError."""
+def open_listener(host: str | None, *ports: int) -> socket.socket:
+    """A socket that listens on the first free one of these ports; exits if there is none."""
     dual = not host and socket.has_dualstack_ipv6()
-    found = socket.getaddrinfo(host or ("::" if dual else "0.0.0.0"), port, type=socket.SOCK_STREAM)
-    family, address = found[0][0], cast("tuple[str, int]", found[0][4])
-    return socket.create_server(address, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
+    name = host or ("::" if dual else "0.0.0.0")
+    for port in ports:
+        try:
+            family, *_, where = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or "that is no address"
+    why = why.partition(" (while")[0]  # create_server() says where once more
+    sys.exit(f"batchat: can't listen on {host or 'any address'}, port {port}: {why}")
 
 
 def open_listeners(options: argparse.Namespace) -> dict[socket.socket, type[Protocol]]:
     """The listeners that were asked for; exits if one can't be opened."""
-    ports: dict[type[Protocol], list[int]] = {Telnet: [options.port]}
-    if not options.no_web:
-        ports[Web] = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
     listeners: dict[socket.socket, type[Protocol]] = {}
-    for protocol, alternatives in ports.items():
-        for port in alternatives:
-            try:
-                listeners[open_listener(options.host, port)] = protocol
-                break
-            except (OSError, UnicodeError) as error:
-                why = getattr(error, "strerror", None) or "that is no address"
-        else:
-            why = why.partition(" (while")[0]  # create_server() says where once more
-            where = f"{options.host or 'any address'}, port {port}"
-            sys.exit(f"batchat: can't listen on {where}: {why}")
+    listeners[open_listener(options.host, options.port)] = Telnet
+    if not options.no_web:
+        ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
+        listeners[open_listener(options.host, *ports)] = Web
     return listeners
 
 
-def opening_lines(host: str | None, listeners: Iterable[socket.socket]) -> str:
-    """Where the server listens, and how to join."""
-    ports = [each.getsockname()[1] for each in listeners]
+def announce(host: str | None, ports: list[int]) -> None:
+    """Say where the server listens, and how to join: on standard output, or else in the log."""
     kinds = "IPv4 and IPv6" if socket.has_dualstack_ipv6() else "IPv4"
     name = host or "localhost"
-    join = f"Join it: telnet {name} {ports[0]}"
-    for web_port in ports[1:]:
-        bracketed = f"[{name}]" if ":" in name else name
-        join += f", or in a browser: http://{bracketed}:{web_port}/"
-    lines = [f"BATCHAT listens on {host or f'every address ({kinds})'}, port {ports[0]}.", join]
+    site = f"[{name}]" if ":" in name else name
+    text = f"BATCHAT listens on {host or f'every address ({kinds})'}, port {ports[0]}.\n"
+    text += f"Join it: telnet {name} {ports[0]}"
+    for port in ports[1:]:
+        text += f", or in a browser: http://{site}:{port}/"
     if not host:
-        lines.append(f"From another machine: {socket.gethostname()} instead of localhost.")
-    return "\n".join(lines)
+        text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
+    try:
+        # Not print(), which would try again at exit to write what it could not, and fail.
+        os.write(sys.stdout.fileno(), f"{text}\n".encode("utf-8", "replace"))
+    except (OSError, AttributeError):  # a closed pipe, a full disk; None if closed at the start
+        logger.info("%s", text)
 
 
 class NonBlockingHandler(logging.Handler):
     """Writes the log to a descriptor without ever waiting for its reader.
 
-    What can't be written at once is left out, and counted in the next line that can.
+    Lines that come while an earlier one is not written yet are left out, and counted.
     """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self.descriptor = descriptor
         self.lost = 0  # lines
-        self.unwritten = b""  # the rest of a line that was written in part
+        self.unwritten = b""
 
     def emit(self, record: logging.LogRecord) -> None:
         lost = f"... {self.lost} lines of the log were lost\n" if self.lost else ""
         line = f"{lost}{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        if self.unwritten:
-            self.unwritten = self._write(self.unwritten)
-        rest = line if self.unwritten else self._write(line)
-        if rest == line:
-            self.lost += 1
-        else:
-            self.lost, self.unwritten = 0, rest
-
-    def _write(self, data: bytes) -> bytes:
-        """Write what can be written at once; returns the rest."""
-        try:
-            if os.name == "nt":  # where a console can't be made non-blocking
-                return data[os.write(self.descriptor, data) :]
-            # Only for now, because the shell may use the same terminal.
-            blocking = os.get_blocking(self.descriptor)
+        written = 0
+        # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
+        blocking = os.name != "nt" and os.get_blocking(self.descriptor)
+        if blocking:
             os.set_blocking(self.descriptor, False)
-            try:
-                return data[os.write(self.descriptor, data) :]
-            finally:
-                os.set_blocking(self.descriptor, blocking)
-        except OSError:  # it is full, or has no reader
-            return data
+        with contextlib.suppress(OSError):  # it is full, or has no reader
+            written = os.write(self.descriptor, self.unwritten + line)
+        if blocking:
+            os.set_blocking(self.descriptor, True)
+        if written < len(self.unwritten):
+            self.lost += 1
+            self.unwritten = self.unwritten[written:]
+        else:
+            self.lost, self.unwritten = 0, (self.unwritten + line)[written:]
 
 
 def start_logging(level: int) -> None:
     """Log to standard error, with the time unless systemd's journal adds it."""
     if sys.stderr is None:
-        logger.addHandler(logging.NullHandler())  # its descriptor may be any socket's now
-        return
+        return  # its descriptor may be any socket's now
     handler = NonBlockingHandler(sys.stderr.fileno())
     found = os.fstat(handler.descriptor)
-    journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    with_time = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handler.setFormatter(logging.Formatter("%(message)s") if journal else with_time)
+    if os.environ.get("JOURNAL_STREAM") != f"{found.st_dev}:{found.st_ino}":
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level)
-
-
-def announce(lines: str) -> None:
-    """Write lines to standard output, or to the log if that fails."""
-    try:
-        # Not print(), which would try again at exit to write what it could not, and fail.
-        os.write(sys.stdout.fileno(), f"{lines}\n".encode("utf-8", "replace"))
-    except (OSError, AttributeError):  # a closed pipe, a full disk; None if closed at the start
-        logger.info("%s", lines)
 
 
 def stop_on_signals(reactor: Reactor) -> None:
     """Have Ctrl-C, SIGTERM or a closed terminal stop the server, the second time at once."""
     ours, pythons = socket.socketpair()
-    for end in (ours, pythons):
-        end.setblocking(False)
+    pythons.setblocking(False)
     signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
-
-    received = []
+    received = []  # but for SIGHUP, which may come twice, from the shell and from the system
 
     def on_signal(signum: int, frame: object) -> None:
-        received.append(signum)
+        if signum in (signal.SIGINT, signal.SIGTERM):
+            received.append(signum)
         if received[1:]:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -1998,37 +1927,33 @@ def stop_on_signals(reactor: Reactor) -> None:
         logger.info("stopping")
         reactor.stop()
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(each) is not signal.SIG_IGN:  # a shell has `&` in a script ignore it
-            signal.signal(each, on_signal)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        # nohup has us ignore it.  Else it may come twice, from the shell and from the system.
-        signal.signal(signal.SIGHUP, lambda signum, frame: None)  # the wakeup is enough
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # A shell has `&` in a script ignore SIGINT, and nohup ignores SIGHUP.
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
     reactor.selector.register(ours, READ, on_wakeup)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server; returns the exit status."""
     options = parse_options(arguments)
+    options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
     most = raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY
     if most < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
-    try:
-        password = read_password(options.password_file) if options.password_file else ""
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error.args[0]
-        sys.exit(f"batchat: no password in {options.password_file}: {why}")
+    password = read_password(options.password_file) if options.password_file else ""
     limits = options.rate, options.max_people, options.max_per_address, options.history
     settings = Settings(*limits, options.welcome, password, options.behind_proxy, most)
     listeners = open_listeners(options)
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
-    ports = "/".join(str(each.getsockname()[1]) for each in listeners)
+    ports = [each.getsockname()[1] for each in listeners]
     chosen = ", ".join(f"{name} {value}" for name, value in vars(options).items() if value)
-    what = f"BATCHAT {__version__}, process {os.getpid()}, ports {ports}"
+    what = f"BATCHAT {__version__}, process {os.getpid()}, ports {'/'.join(map(str, ports))}"
     logger.info("%s, %d connections at most; %s", what, most, chosen)
-    announce(opening_lines(options.host, listeners))
+    announce(options.host, ports)
     started, well = time.monotonic(), reactor.run()
     seconds = time.monotonic() - started
     logger.info("stopped after %d s, in which %d people joined", seconds, reactor.chat.joined)
