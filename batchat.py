@@ -35,7 +35,7 @@ import sys
 import time
 import unicodedata
 import urllib.parse
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections import defaultdict, deque
 from email.utils import formatdate
 from http import HTTPStatus
@@ -204,7 +204,6 @@ WRONG_PASSWORDS_WARNED = 10  # in an hour, from one address
 # The web
 WEB_PORT = 1338
 HEAD_LIMIT = 8 << 10  # bytes
-FIELDS_LIMIT = 100
 
 
 class Settings(NamedTuple):
@@ -1965,43 +1964,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 # A request's head (RFC 9112, sections 2.2, 3 and 5).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-LINE_BREAK = re.compile(r"\r?\n")
-TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) (\S+) HTTP/1\.(\d)")
-CONTROL = re.compile(r"[\0-\x08\n-\x1f\x7f]")  # all but HTAB
+TOKEN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
+REQUEST_LINE = re.compile(TOKEN + r" (\S+) HTTP/1\.(\d)")
+FIELD = re.compile(TOKEN + r":([^\0-\x08\n-\x1f\x7f]*)")  # no control characters but HTAB
+Request = Tuple[str, str, str, Dict[str, str]]  # method, path, minor version of HTTP, fields
+UPGRADE_HEADERS = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
-WEBSOCKET_VERSION = "13"
-
-
-class Request(NamedTuple):
-    method: str
-    target: str
-    minor: str  # of the HTTP version
-    fields: dict[str, str]  # by names in lower case
 
 
 class HTTPError(Exception):
-    """A request that is refused: the status, and headers that say what would be right."""
-
-    def __init__(self, status: HTTPStatus, *headers: str) -> None:
-        self.status, self.headers = status, headers
-
-
-def respond(status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
-    """A response, after which the connection is closed (RFC 9110)."""
-    data = body.encode()
-    head = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        f"Date: {formatdate(usegmt=True)}",
-        f"Content-Type: text/{kind}; charset=utf-8",
-        f"Content-Length: {len(data)}",
-        "Connection: close",
-        "Cache-Control: no-cache",
-        "X-Content-Type-Options: nosniff",
-        f"Content-Security-Policy: {content_security_policy()}",
-        *headers,
-    ]
-    return "\r\n".join([*head, "", ""]).encode() + data
+    """A request is refused; the arguments are the status, and headers that say what is right."""
 
 
 def digest(algorithm: str, text: str) -> str:
@@ -2012,87 +1984,43 @@ def digest(algorithm: str, text: str) -> str:
 
 
 def parse_request(head: bytes) -> Request:
-    """The request in a head (RFC 9112, sections 2.1 and 5); raises HTTPError."""
-    line, *lines = LINE_BREAK.split(head.decode("latin-1"))[:-2]
-    found = REQUEST_LINE.fullmatch(line)
-    if not found:
-        raise HTTPError(HTTPStatus.BAD_REQUEST)
-    if len(lines) > FIELDS_LIMIT:
-        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    """The request in a head (RFC 9112, sections 2.1 and 5); raises ValueError."""
+    line, *lines = re.split(r"\r?\n", head.decode("latin-1"))
+    request = REQUEST_LINE.fullmatch(line)
+    if not request:
+        raise ValueError
     fields: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not TOKEN.fullmatch(name) or CONTROL.search(value):
-            raise HTTPError(HTTPStatus.BAD_REQUEST)
-        name, value = name.lower(), value.strip(" \t")
+        field = FIELD.fullmatch(line)
+        if not field:
+            raise ValueError
+        name, value = field[1].lower(), field[2].strip(" \t")
         if name in fields:
             if name in ("host", "content-length"):
-                raise HTTPError(HTTPStatus.BAD_REQUEST)
+                raise ValueError
             value = f"{fields[name]}, {value}"  # RFC 9110, section 5.3
         fields[name] = value
-    return Request(found[1], found[2], found[3], fields)
+    if not fields.get("host") and request[3] != "0":
+        raise ValueError
+    return request[1], urllib.parse.urlsplit(request[2]).path, request[3], fields
 
 
-def forwarded_for(fields: dict[str, str]) -> str:
-    """The caller's address as the nearest proxy tells it, or ""; raises HTTPError."""
-    addresses = fields.get("x-forwarded-for")
-    try:
-        if addresses is None:
-            return ""
-        return str(ipaddress.ip_address(addresses.rpartition(",")[2].strip().replace("%", " ")))
-    except ValueError:
-        raise HTTPError(HTTPStatus.BAD_REQUEST) from None
-
-
-def answer(request: Request, ban: str) -> tuple[bytes, bool]:
-    """The response, and whether it opens a WebSocket; raises HTTPError."""
-    method, target, minor, fields = request
-    try:
-        path = urllib.parse.urlsplit(target).path
-    except ValueError:
-        raise HTTPError(HTTPStatus.BAD_REQUEST) from None
-    if not fields.get("host") and minor != "0":
-        raise HTTPError(HTTPStatus.BAD_REQUEST)
-    if path not in ("/", "/hello", "/chat"):
-        raise HTTPError(HTTPStatus.NOT_FOUND)
-    if method not in ("GET", "HEAD"):
-        raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
-    if path == "/hello":
-        return respond(HTTPStatus.OK, "plain", HELLO), False
-    if path == "/" and ban:
-        return respond(HTTPStatus.FORBIDDEN, "plain", f"{ban}\n"), False
-    if path == "/":
-        return respond(HTTPStatus.OK, "html", PAGE), False
-    if minor == "0":  # HTTP/1.0 has no upgrades
-        raise HTTPError(HTTPStatus.BAD_REQUEST)
-    return upgrade(method, fields), True
-
-
-def upgrade(method: str, fields: dict[str, str]) -> bytes:
+def upgrade(method: str, minor: str, fields: dict[str, str]) -> bytes:
     """The response that opens a WebSocket (RFC 6455, section 4.2); raises HTTPError."""
-
-    def tokens(name: str) -> list[str]:
-        return [token.strip().lower() for token in fields.get(name, "").split(",")]
-
-    if "websocket" not in tokens("upgrade") or "upgrade" not in tokens("connection"):
-        raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, "Upgrade: websocket", "Connection: Upgrade")
-    if fields.get("sec-websocket-version") != WEBSOCKET_VERSION:
-        raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}")
-    key = fields.get("sec-websocket-key", "")
-    try:
-        good_key = len(b64decode(key, validate=True)) == 16
-    except ValueError:
-        good_key = False
-    if not good_key or method != "GET":
+    for header in UPGRADE_HEADERS:
+        name, wanted = header.lower().split(": ")
+        if wanted not in [each.strip() for each in fields.get(name, "").lower().split(",")]:
+            raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, *UPGRADE_HEADERS)
+    key = fields.get("sec-websocket-key", "")  # 16 bytes in base64
+    if method != "GET" or minor == "0" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
         raise HTTPError(HTTPStatus.BAD_REQUEST)
     # Another site's page may try to open a WebSocket here, but it can't lie about its origin.
-    origin, host = fields.get("origin"), fields["host"].lower()
-    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+    ours = [f"{scheme}://{fields['host'].lower()}" for scheme in ("http", "https")]
+    if fields.get("origin", ours[0]).lower() not in ours:
         raise HTTPError(HTTPStatus.FORBIDDEN)
-    return (
-        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}\r\n\r\n"
-    ).encode()
+    accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
+    lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
+    return "\r\n".join(lines).encode()
 
 
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
@@ -2102,7 +2030,6 @@ FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED_DATA = 1000, 1001, 1002, 1003
 INVALID_DATA, TOO_BIG, TRY_AGAIN_LATER = 1007, 1009, 1013
 CLOSE_CODES = {"shutdown": GOING_AWAY, "full": TRY_AGAIN_LATER, "crowded": TRY_AGAIN_LATER}
-NEWLINE = re.compile(r"\r\n|\r|\n")
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -2127,32 +2054,6 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
-def check_close(payload: bytes) -> None:
-    """Check a close frame from the peer; raises FrameError."""
-    if payload:
-        code = int.from_bytes(payload[:2], "big")
-        known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)  # registered with IANA
-        if len(payload) == 1 or not (known or 3000 <= code <= 4999):
-            raise FrameError(PROTOCOL_ERROR)
-        decode(payload[2:])
-
-
-def decode(payload: bytes) -> str:
-    """The text of a message; raises FrameError if it is no UTF-8."""
-    try:
-        return payload.decode()
-    except UnicodeDecodeError:
-        raise FrameError(INVALID_DATA) from None
-
-
-def lines_of(message: str) -> list[str]:
-    """The lines of a message, the first one last; a line break at its end is optional."""
-    lines = NEWLINE.split(message)
-    if not lines[-1] and lines[1:]:
-        lines.pop()
-    return lines[::-1]
-
-
 # What a browser's bytes are: a request's head; a head that is answered next; frames; nothing.
 HEAD, REQUEST, FRAMES, NOTHING = range(4)
 
@@ -2160,11 +2061,9 @@ HEAD, REQUEST, FRAMES, NOTHING = range(4)
 class Web(Protocol):
     """A browser or a bot: one HTTP request, which gets a response or opens a WebSocket.
 
-    On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's one line or
-    more.
+    On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's some lines.
     """
-
-    __slots__ = ("_at", "_data", "_lines", "_message", "_request", "_state")
+    __slots__ = ("_data", "_lines", "_message", "_request", "_state")
 
     ECHO = True  # the confirmation, with the id of the event
     PING = frame(PING, b"")
@@ -2173,8 +2072,7 @@ class Web(Protocol):
         super().__init__()
         self._state = HEAD
         self._data = b""
-        self._at = 0  # how far it is parsed
-        self._request: Request | None = None
+        self._request: Request = ("", "", "", {})
         self._message: bytes | None = None  # the fragments so far of a message
         self._lines: list[str] = []  # the rest of the last message, its next line last
 
@@ -2196,33 +2094,29 @@ class Web(Protocol):
                 if self._state is HEAD:
                     return self._parse_head()
                 if self._state is REQUEST:
-                    return self._respond()
+                    return self._answer()
                 if self._state is NOTHING:
                     return DISCONNECT
                 if not self._parse_frame():
-                    self._data, self._at = self._data[self._at :], 0
                     return DISCONNECT if self.ended else None
             return clean(self._lines.pop())
         except HTTPError as error:
+            status, *headers = error.args
             self._state = NOTHING
-            text = f"{error.status.value} {error.status.phrase}\n"
-            self._reply(respond(error.status, "plain", text, *error.headers))
+            text = f"{status.value} {status.phrase}\n"
+            self.replies += self._response(status, "plain", text, *headers)
         except FrameError as error:
             self.replies += self._end(error.args[0])
+        except UnicodeDecodeError:  # in a frame
+            self.replies += self._end(INVALID_DATA)
         return DISCONNECT
 
     def close(self, code: str) -> bytes:
         if self._state is FRAMES:
             return self._end(CLOSE_CODES.get(code, NORMAL))
         if code == "timeout" and self._data:  # browsers that send nothing are sent nothing
-            self._reply(respond(HTTPStatus.REQUEST_TIMEOUT, "plain", "Request timed out.\n"))
-        last, self.replies = self.replies, b""
-        return last
-
-    def _reply(self, response: bytes) -> None:
-        """Answer with a response, but only with its head to a HEAD request."""
-        body_at = response.index(b"\r\n\r\n") + 4
-        self.replies += response[:body_at] if self._data.startswith(b"HEAD ") else response
+            return self._response(HTTPStatus.REQUEST_TIMEOUT, "plain", "Request timed out.\n")
+        return b""
 
     def _end(self, code: int) -> bytes:
         """Parse nothing more; returns the close frame."""
@@ -2232,81 +2126,115 @@ class Web(Protocol):
     def _parse_head(self) -> Message | None:
         """Parse the head of the request, if it is complete; raises HTTPError."""
         self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
-        end = HEAD_END.search(self._data)
-        self._at = end.end() if end else len(self._data)
-        if self._at > HEAD_LIMIT:
+        head, *rest = HEAD_END.split(self._data, 1)
+        if len(head) > HEAD_LIMIT:
             raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        if not end:
+        if not rest:
             return DISCONNECT if self.ended else None
-        self._request = parse_request(self._data[: self._at])
-        if self.behind_proxy:
-            self.caller = forwarded_for(self._request.fields)
+        try:
+            self._request = parse_request(head)
+            fields = self._request[3]
+            if self.behind_proxy and "x-forwarded-for" in fields:
+                nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
+                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))
+        except ValueError:
+            raise HTTPError(HTTPStatus.BAD_REQUEST) from None
         self._state = REQUEST
         return REQUESTED
 
-    def _respond(self) -> Message:
+    def _answer(self) -> Message:
         """Answer the request; raises HTTPError."""
-        response, opened = answer(cast(Request, self._request), self.ban)
-        self._reply(response)
-        self._data, self._at = self._data[self._at :], 0
-        self._state = FRAMES if opened else NOTHING
-        return CONNECTED if opened else DISCONNECT
+        method, path, minor, fields = self._request
+        if path not in ("/", "/hello", "/chat"):
+            raise HTTPError(HTTPStatus.NOT_FOUND)
+        if method not in ("GET", "HEAD"):
+            raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
+        if path == "/chat":
+            self.replies += upgrade(method, minor, fields)
+            self._data = HEAD_END.split(self._data, 1)[1]
+            self._state = FRAMES
+            return CONNECTED
+        self._state = NOTHING
+        if path == "/hello":
+            self.replies += self._response(HTTPStatus.OK, "plain", HELLO)
+        elif self.ban:
+            self.replies += self._response(HTTPStatus.FORBIDDEN, "plain", f"{self.ban}\n")
+        else:
+            self.replies += self._response(HTTPStatus.OK, "html", PAGE)
+        return DISCONNECT
+
+    def _response(self, status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
+        """A response, after which the connection is closed (RFC 9110)."""
+        data = body.encode()
+        lines = [
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            f"Date: {formatdate(usegmt=True)}",
+            f"Content-Type: text/{kind}; charset=utf-8",
+            f"Content-Length: {len(data)}",
+            *("Connection: close", "Cache-Control: no-cache", "X-Content-Type-Options: nosniff"),
+            f"Content-Security-Policy: {content_security_policy()}",
+            *headers,
+        ]
+        head = "\r\n".join([*lines, "", ""]).encode()
+        return head if self._data.startswith(b"HEAD ") else head + data
 
     def _parse_frame(self) -> bool:
         """Parse the next frame; False if it is not complete; raises FrameError."""
-        data, at = self._data, self._at
-        here = len(data) - at
-        if here < 2:
+        data = self._data
+        if len(data) < 2:
             return False
-        first, size, head = data[at], data[at + 1] & 0x7F, 2
+        first, size, start = data[0], data[1] & 0x7F, 6  # where the payload starts
         final, opcode = first & FINAL, first & 0x0F
-        if first & RESERVED or not data[at + 1] & MASKED:
-            raise FrameError(PROTOCOL_ERROR)
-        if opcode == BINARY_FRAME:
-            raise FrameError(UNSUPPORTED_DATA)
-        if opcode in (CLOSE, PING, PONG):
-            good = final and size < 126
-        else:
-            good = opcode == (TEXT_FRAME if self._message is None else CONTINUATION)
-        if not good:
-            raise FrameError(PROTOCOL_ERROR)
+        control = opcode in (CLOSE, PING, PONG)
+        expected = TEXT_FRAME if self._message is None else CONTINUATION
+        good = final and size < 126 if control else opcode == expected
+        if not good or first & RESERVED or not data[1] & MASKED:
+            raise FrameError(UNSUPPORTED_DATA if opcode == BINARY_FRAME else PROTOCOL_ERROR)
         if size >= 126:
-            head, least = (4, 126) if size == 126 else (10, 1 << 16)
-            if here < head:
+            start, least = (8, 126) if size == 126 else (14, 1 << 16)
+            if len(data) < start:
                 return False
-            size = int.from_bytes(data[at + 2 : at + head], "big")
+            size = int.from_bytes(data[2 : start - 4], "big")
             if not least <= size < 1 << 63:
                 raise FrameError(PROTOCOL_ERROR)
-        if opcode in (TEXT_FRAME, CONTINUATION) and size + len(self._message or b"") > LINE_LIMIT:
+        if not control and size + len(self._message or b"") > LINE_LIMIT:
             raise FrameError(TOO_BIG)
-        if here < head + 4 + size:
+        end = start + size
+        if len(data) < end:
             return False
-        start = at + head + 4
-        self._at = start + size
-        payload = unmask(data[start : self._at], data[start - 4 : start])
+        self._data = data[end:]
+        payload = unmask(data[start:end], data[start - 4 : start])
         if opcode == PING:
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
-            check_close(payload)
-            self.replies += frame(CLOSE, payload[:2])
-            self._state = NOTHING
+            self._take_close(payload)
         elif opcode != PONG:
-            message = payload if self._message is None else self._message + payload
+            message = (self._message or b"") + payload
             self._message = None if final else message
-            if final:
-                self._lines = lines_of(decode(message))
+            if final:  # of bytes, only CR and LF end a line, and the last one need not end
+                self._lines = [line.decode() for line in message.splitlines()[::-1] or [b""]]
         return True
+
+    def _take_close(self, payload: bytes) -> None:
+        """Answer a close frame; raises FrameError."""
+        code = int.from_bytes(payload[:2], "big")
+        known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)  # registered with IANA
+        if payload and not (known or 3000 <= code <= 4999):
+            raise FrameError(PROTOCOL_ERROR)
+        payload[2:].decode()  # the reason
+        self.replies += frame(CLOSE, payload[:2])
+        self._state = NOTHING
 
 
 STYLE = """
-:root { color-scheme: light dark; --paper: light-dark(#ffffff, #14161a); --ink: light-dark(#1b1b1b, #e8e8e6);
+:root { color-scheme: light dark; --paper: light-dark(#fff, #14161a); --ink: light-dark(#1b1b1b, #e8e8e6);
   --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42); --own: light-dark(#0b5394, #8fc1ff); }
 * { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
-body { display: flex; flex-direction: column; height: 100dvh; background: var(--paper); color: var(--ink);
+body, main { display: flex; flex-direction: column; } main { flex: 1; overflow-y: auto; } #lines { margin-top: auto; }
+body { height: 100dvh; background: var(--paper); color: var(--ink);
   font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
-main { flex: 1; overflow-y: auto; display: flex; flex-direction: column; } #lines { margin-top: auto; }
 #lines div { contain-intrinsic-height: auto 145em; } #lines div:nth-last-child(n+3) { content-visibility: auto; }
 main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wrap: anywhere; }
 main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .day, .gap { padding: .4em 0; text-align: center; }
@@ -2315,7 +2243,7 @@ pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height
 .greeting, .welcome, .prompt, .said, .did { color: var(--ink); } .past, .pending, .unconfirmed { color: var(--soft); }
 .whisper { color: light-dark(#7a1fa2, #dca6f5); } .whisper, .did { font-style: italic; }
 .own { box-shadow: inset 3px 0 var(--own); background: light-dark(#eef4fa, #1c242e); }
-.mention { background: light-dark(#fff3c4, #3a3312); } a { color: inherit; unicode-bidi: isolate; }
+.mention { background: light-dark(#fff3c4, #3a3312); } a { color: inherit; }
 .name { font-weight: bold; color: light-dark(oklch(.47 .13 var(--hue)), oklch(.8 .11 var(--hue))); }
 .rows { display: grid; grid-template-columns: max-content 1fr; column-gap: 3ch; text-indent: 0; }
 @media (max-width: 500px) { .rows, .rows * { display: block; } .rows :nth-child(even) { padding-left: 2ch; } }
@@ -2329,43 +2257,37 @@ ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: aut
   background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
-label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 """
 
 SCRIPT = r"""
 "use strict";
-const TEXT = TEXT_TEMPLATES;
-const PROTOCOL = 1, MAX_PAUSE = 30, NAME_HELD = 150;  // what we speak; seconds; a lost connection may last so long
 const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; of these kept; a line counts as SHORT
-const PAINT_EVERY = 40, PENDING_SHOWN = 20, LINKS = 10, REMEMBERED = 1000;  // milliseconds; lines; in a line; each
-const RETRY = ["full", "crowded", "timeout", "shutdown", "name_taken"];  // after these disconnects
-const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];  // event types
+const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
-const templates = { ...TEXT, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
+const templates = { ...TEXT_TEMPLATES, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
 for (const type in templates) templates[type] = templates[type].split(/\{(\w+)\}/);  // words, field, words, ...
 const find = selector => document.querySelector(selector);
 const [log, lines, waiting, more, form, input, status, who, list] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // over a reload
 try { stored = sessionStorage; } catch { /* refused */ }
-// calling: not connected;  joining: we gave the name that we had;  naming: the room waits for a name;  chatting;
-// left: not connected until the user enters a name.
-let state = "calling", socket, name = stored.name || "", ownName;  // a pattern that finds our name
-let closing = "", closingShown = "", pause = 1;  // why the server disconnects, also on screen; seconds to wait
+// calling: on the way into the room;  naming: the room waits for a name;  chatting;  left: the user has to call again
+let state, socket, name = stored.name || "";
+let closing, closingShown, pause = 1;  // why the server disconnects; the same, on the screen; seconds to wait
 let lostAt = 0, awaySince = 0;  // when a connection with our name was lost; when we were last in the room
 let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
-let room = "", seen = -1, maxLine = 4096;  // the server's run, its highest event id so far; bytes
-let people = new Map(), listing = 0, hues = new Map(), nextHue = 0;  // name -> operator or not; name -> hue
-let queue = [], queued = 0, painting = 0, pending = [];  // events to paint, their size; own lines, not come back
+let room, seen, maxLine;  // the server's run, its highest event id so far; bytes
+let people = new Map(), hues = new Map(), nextHue = 0;  // name -> operator or not; name -> hue
+let queue = [], queued = 0, pending = [];  // events to paint, their size; own lines, not come back
 let block, space = 0, lastDay = new Date().toDateString();  // what is filled with lines, how much fits in
-let following = true, sizes = "", below = 0;  // the end stays in sight; sizes when it came there; lines below
+let following = true, sizes, below = 0;  // the end stays in sight; sizes when it came there; lines below
 let unread = 0, called = false;  // lines in a hidden tab; one of them is for us
-let typed = [], typedAt = 0, draft = "";  // lines entered; where ArrowUp is; what was there before
-let parked = "", completing = null;  // typed before a name was asked for again; the names that Tab goes through
+let typed = [], typedAt = 0, draft;  // lines entered; where ArrowUp is; what was there before
+let parked = "", completing = {};  // typed before a name was asked for again; the names that Tab goes through
 
 // The connection
 function connect() {
-  socket = new WebSocket(new URL("chat", location.href).href.replace("http", "ws"));
+  socket = new WebSocket(new URL("chat", location).href.replace("http", "ws"));
   [state, closing] = ["calling", ""];
   tell("");
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
@@ -2374,13 +2296,13 @@ function connect() {
 function disconnected({ code }) {
   if (state === "chatting") awaySince = lostAt = Date.now();
   setPeople([]);
-  if (closing ? RETRY.includes(closing) : code !== 1000) {
+  if (closing ? ["full", "crowded", "timeout", "shutdown"].includes(closing) : code !== 1000) {
     state = "calling";
     tell(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
-    pause = Math.min(pause * 2, MAX_PAUSE);
+    pause = Math.min(pause * 2, 30);
   } else {
-    [state, lostAt, pause] = ["left", 0, 1];
+    [state, lostAt] = ["left", 0];
     giveUp(); setName("");
     tell((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
   }
@@ -2388,12 +2310,11 @@ function disconnected({ code }) {
 function receive(event) {
   if (arriving && event.type !== "history") resume(null);
   (handlers[event.type] || show)(event);
-  if (event.id > seen) seen = event.id;
 }
 const handlers = {
   greeting(event) {
-    const { protocol } = event, reload = protocol !== PROTOCOL && stored.reloaded !== String(protocol);  // once
-    if (reload && stored instanceof Storage) {
+    const protocol = String(event.protocol);
+    if (!["1", stored.reloaded].includes(protocol) && stored instanceof Storage) {  // else it would do so again
       [stored.reloaded, socket.onmessage] = [protocol, null];
       return location.reload();
     }
@@ -2405,16 +2326,16 @@ const handlers = {
     [seen, room, maxLine] = [event.room === room ? seen : -1, event.room, event.max_line];
   },
   prompt(event) {
-    if (state === "calling" && name) { state = "joining"; return socket.send(name); }
+    if (state === "calling" && name) return socket.send(name);
     if (state !== "calling") show(event);
     [state, pause] = ["naming", 1];
   },
   error(event) {
-    if (state === "joining" && event.code === "name_taken" && Date.now() < lostAt + NAME_HELD * 1000) {
-      [closing, socket.onmessage] = [event.code, null];  // by our lost connection, most likely: try again
+    if (state === "calling" && event.code === "name_taken" && Date.now() < lostAt + 150_000) {
+      socket.onmessage = null;  // the lost connection still has it, most likely: try again
       return socket.close();
     }
-    if (state === "joining") { [parked, input.value] = [input.value, ""]; setName(""); }  // that is no name
+    if (state === "calling") { [state, parked, input.value] = ["naming", input.value, ""]; setName(""); }
     show(event);
   },
   welcome(event) {
@@ -2447,15 +2368,10 @@ const handlers = {
 };
 function setName(value) {
   name = stored.name = value;
-  const letters = "\\p{L}\\p{M}\\p{Nd}_", literally = name.replaceAll(".", "\\.");
-  ownName = new RegExp(name ? `(?<![${letters}.-])${literally}(?![.-]*[${letters}])` : "^\\b$", "iu");
-  tell(status.textContent);
-}
-function tell(text) {
-  status.textContent = text;
-  input.placeholder = find("label").textContent = name ? "Message, or /help" : "Your name";
+  input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
+function tell(text) { status.textContent = text; }
 function resume(events) {  // after a welcome: show the history, or what of it we missed; null where there is none
   const missed = (events || []).filter(event => event.id > seen), how = awaySince ? "" : "past";
   if (awaySince) {
@@ -2464,7 +2380,7 @@ function resume(events) {  // after a welcome: show the history, or what of it w
   } else if (missed.length) {
     show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
   }
-  for (const event of missed) { confirm(event, true); show(event, how); seen = event.id; }
+  for (const event of missed) { confirm(event, true); show(event, how); }
   if (how && missed.length) show({ type: "history_end" }, how);
   [arriving, awaySince] = [false, 0];
   giveUp();
@@ -2472,10 +2388,10 @@ function resume(events) {  // after a welcome: show the history, or what of it w
 
 // Own lines: pending until they come back
 function pendingOf(line) {  // the event that it will be; none of other commands
-  const me = /^\s*\/me\s+(?=\S)/i.exec(line), date = new Date();
-  if (me) return [{ type: "did", name, date, text: line.slice(me[0].length).trim() }];
+  const me = /^\s*\/me\s+(?=\S)/i.exec(line), at = Date.now() / 1000;
+  if (me) return [{ type: "did", at, name, text: line.slice(me[0].length).trim() }];
   if (!line.startsWith("//") && (/^\s*\//.test(line) || PASSWORD.test(line))) return [];
-  return [{ type: "said", name, date, text: line.replace(/^\/\//, "/") }];
+  return [{ type: "said", at, name, text: line.replace(/^\/\//, "/") }];
 }
 function confirm(event, past) {  // the first with that text; of the room, the oldest where none has it
   const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
@@ -2487,42 +2403,47 @@ function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"
 // The people
 const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
 function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listSoon(); }
-function listSoon() { listing ||= setTimeout(listPeople, 100); }
 function listPeople() {
-  listing = 0;
-  who.hidden = people.size === 0;
+  who.hidden = !people.size;
   find("summary").textContent = `${people.size} here`;
   if (!who.open || list.matches(":hover, :focus-within")) return;
   list.replaceChildren(...sortedNames().map(one => {
     const onclick = () => { input.value = `/msg ${one} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
-    const mark = people.get(one) ? "@" : "";
-    return element("li", {}, element("button", { type: "button", onclick }, mark, element("bdi", {}, one)));
+    return element("li", {}, element("button", { onclick }, people.get(one) ? "@" : "", element("bdi", {}, one)));
   }));
 }
 function closeList() { who.open = false; input.focus(); }
 
 // The log
 const isOwn = event => (event.name || event.from) === name;
-const isCalled = event => event.type !== "whisper" && !isOwn(event) && ownName.test(event.text);
 const dateOf = event => new Date(event.at ? event.at * 1000 : Date.now());
+function isCalled(event) {
+  const letters = "\\p{L}\\p{M}\\p{Nd}_", literally = name.replaceAll(".", "\\.");
+  const pattern = `(?<![${letters}.-])${literally}(?![.-]*[${letters}])`;
+  return name && ["said", "did"].includes(event.type) && !isOwn(event) && new RegExp(pattern, "iu").test(event.text);
+}
 function show(event, how = "") {  // soon, together with those that come until then
-  if (!templates[event.type]) return;  // of a later version
+  if (!templates[event.type]) return;  // of a later server
+  if (event.id > seen) seen = event.id;
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     [unread, called] = [unread + 1, called || event.type === "whisper" || isCalled(event)];
     count();
   }
   const size = Math.max(SHORT, (event.text || "").length);
-  queue.push({ ...event, how, size, date: dateOf(event) });
+  queue.push({ ...event, how, size });
   for (queued += size; queued > BLOCKS * BLOCK;) queued -= queue.shift().size;
   paintSoon();
 }
-function paintSoon() { painting ||= setTimeout(paint, PAINT_EVERY); }
+function soon(what, ms) {  // once for all calls within so long
+  let timer = 0;
+  return () => { timer ||= setTimeout(() => { timer = 0; what(); }, ms); };
+}
+const paintSoon = soon(() => paint(), 40), listSoon = soon(listPeople, 100);
 function paint() {
   let left = BLOCK, pendingLeft = BLOCK;
-  painting = 0;
   scrolled();  // the event of it may still be to come
   while (queue.length && left > 0) {
-    const event = queue.shift(), day = event.at ? event.date.toDateString() : lastDay;
+    const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
     if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
     if (day !== lastDay) block.append(paragraph({ type: "day", text: lastDay = day }));
     block.append(paragraph(event));
@@ -2530,24 +2451,23 @@ function paint() {
     if (!following && !event.how && event.type !== "gap" && !isOwn(event)) below += 1;
   }
   while (lines.childElementCount > BLOCKS) lines.firstChild.remove();
-  const shown = pending.slice(0, PENDING_SHOWN).filter(own => (pendingLeft -= own.text.length) > 0);
+  const shown = pending.slice(0, 20).filter(own => (pendingLeft -= own.text.length) > 0);
   waiting.replaceChildren(...shown.map(own => paragraph({ ...own, how: "pending" })));
   if (queue.length) paintSoon();
   if (following) toEnd();
   count();
 }
 function paragraph(event) {
-  const { type, how = "", date } = event, line = element("p", { className: `${type} ${how}`.trim() });
-  line.classList.toggle("own", TALK.includes(type) && isOwn(event));
-  line.classList.toggle("mention", TALK.includes(type) && isCalled(event));
-  if (!UNDATED.includes(type)) {
-    line.append(element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5)));
-  }
-  line.append(...templates[type].flatMap((part, at, all) => {  // an empty field takes its colon along
+  const { type, how } = event, own = TALK.includes(type) && isOwn(event), date = dateOf(event);
+  const classes = [type, how, own && "own", isCalled(event) && "mention"].filter(Boolean);
+  const time = element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5));
+  const parts = templates[type].flatMap((part, at, all) => {  // an empty field takes its colon along
     if (at % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
-  }), how === "unconfirmed" ? " (not confirmed)" : "");
-  return line;
+  });
+  if (!UNDATED.includes(type)) parts.unshift(time);
+  if (how === "unconfirmed") parts.push(" (not confirmed)");
+  return element("p", { className: classes.join(" ") }, ...parts);
 }
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // as nodes; all others are text
@@ -2564,12 +2484,12 @@ function element(tag, more, ...children) {
 function hueOf(one) {  // far from the one before it
   const hue = hues.get(one) ?? (nextHue += 137) % 360;
   hues.delete(one); hues.set(one, hue);  // at the end
-  if (hues.size > REMEMBERED) hues.delete(hues.keys().next().value);
+  if (hues.size > 1000) hues.delete(hues.keys().next().value);
   return hue;
 }
 function linked(text) {  // as nodes; a link that goes elsewhere than it seems to names its host
   const parts = text.split(/(https?:\/\/[^\s<>"]+)/i);
-  parts.push(parts.splice(2 * LINKS).join(""));
+  parts.push(parts.splice(20).join(""));  // the rest, after ten links
   return parts.flatMap((part, at) => {
     const address = at % 2 ? withoutPunctuation(part) : "", url = URL.canParse(address) && new URL(address);
     if (!url || url.username || url.password) return [part];
@@ -2587,34 +2507,37 @@ function withoutPunctuation(address) {  // at its end; nor brackets that it does
   });
   return address.slice(0, length);
 }
-const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
 function toEnd() { log.scrollTop = log.scrollHeight; [following, sizes] = [true, sizesNow()]; }
-function scrolled() { if (following && sizes !== sizesNow()) toEnd(); else following = isAtEnd(); }  // by the user
+function scrolled() {  // by the user, unless sizes have changed
+  if (following && sizes !== sizesNow()) toEnd();
+  else following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+}
 function count() {
   if (following) below = 0;
-  more.hidden = below === 0;
+  more.hidden = !below;
   more.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
   document.title = unread ? `(${called ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
 log.onscroll = () => { scrolled(); count(); };
 more.onclick = () => { toEnd(); count(); input.focus(); };
-for (const each of [log, lines, waiting]) new ResizeObserver(() => following && toEnd()).observe(each);
+for (const each of [log, lines]) new ResizeObserver(() => following && toEnd()).observe(each);
 document.onvisibilitychange = () => { if (!document.hidden) { [unread, called] = [0, false]; count(); } };
 
 // The keyboard
 const canSay = () => socket.readyState === WebSocket.OPEN && ["naming", "chatting"].includes(state);
 function say(text) {  // returns whether nothing is left to be done with it
   const line = text.replace(/\t/g, " ").replace(/[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, "");
-  const bytes = new TextEncoder().encode(line).length, fits = bytes <= maxLine;
+  const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
-  tell(fits ? "" : `Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
-  if (fits) socket.send(line);
-  if (!fits || state !== "chatting") return fits;
+  if (bytes > maxLine) return tell(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
+  tell("");
+  socket.send(line);
+  if (state !== "chatting") return true;
   pending.push(...pendingOf(line));
-  if (!PASSWORD.test(line) && typed.push(line) > REMEMBERED) typed.shift();
-  [typedAt, draft] = [typed.length, ""];
-  if (!following) toEnd();
+  if (!PASSWORD.test(line)) typed.push(line);
+  typedAt = typed.length;
+  toEnd();
   paintSoon();
   return true;
 }
@@ -2624,14 +2547,13 @@ form.onsubmit = event => {
   input.value = "";  // in other cases it stays
 };
 input.onpaste = event => {  // an input would make one line of many
-  const all = event.clipboardData.getData("text").split(/\r\n|\r|\n/);
+  const all = event.clipboardData.getData("text").split(/\r\n?|\n/);
   if (all.length === 1 || !canSay()) return;
   event.preventDefault();
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
   input.value = all.pop() + input.value.slice(input.selectionEnd);
   all.forEach(say);
 };
-input.oninput = input.onblur = input.onclick = () => { completing = null; };
 input.onkeydown = event => {
   const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];
   if (!event.shiftKey && to >= 0 && to <= typed.length) {
@@ -2639,27 +2561,28 @@ input.onkeydown = event => {
     if (typedAt === typed.length) draft = input.value;
     [typedAt, input.value] = [to, typed[to] ?? draft];
   }
-  if (event.key !== "Tab") completing = null;
-  else if (!event.shiftKey && complete()) event.preventDefault();
+  if (event.key === "Tab" && !event.shiftKey && complete()) event.preventDefault();
 };
+const inputNow = () => `${input.selectionStart} ${input.value}`;
 function complete() {  // the name before the cursor, or put the next one there; returns whether there is any
-  if (!completing) {
-    const before = input.value.slice(0, input.selectionStart), any = /^\/msg $|@$/.test(before);
-    const at = Math.max(before.lastIndexOf(" "), before.lastIndexOf("@")) + 1, start = before.slice(at).toLowerCase();
-    const fits = one => (start || any) && one !== name && one.toLowerCase().startsWith(start);
-    completing = { at, found: sortedNames().filter(fits) };
+  if (completing.made !== inputNow()) {
+    const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
+    const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
+    const wanted = start || /^\/msg $|@$/.test(before);
+    completing = { at: before.length - start.length, found: wanted ? sortedNames().filter(fits) : [] };
   }
   const { at, found } = completing, next = found.shift();
-  if (next) input.setRangeText(next + (at ? " " : ": "), at, input.selectionStart, "end");
-  return next && found.push(next);
+  if (!next) return false;
+  input.setRangeText(next + (at ? " " : ": "), at, input.selectionStart, "end");
+  completing.made = inputNow();
+  return found.push(next);
 }
 onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
 who.ontoggle = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
 setName(name); connect();
-"""
-SCRIPT = SCRIPT.replace("TEXT_TEMPLATES", json.dumps({kind: words.strip() for kind, words in TEXT.items()}))
+""".replace("TEXT_TEMPLATES", json.dumps({kind: words.strip() for kind, words in TEXT.items()}))
 
 PAGE = f"""<!DOCTYPE html>
 <html lang="en">
@@ -2669,16 +2592,13 @@ PAGE = f"""<!DOCTYPE html>
 <style>{STYLE}</style>
 <header><h1>BATCHAT</h1><details hidden><summary></summary><ul></ul></details></header>
 <main tabindex="0" aria-label="Chat"><div id="lines" role="log"></div><div id="pending"></div></main>
-<footer><button id="more" type="button" hidden></button><p id="status" role="status"></p>
-<form><label for="line"></label>
-<input id="line" dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus>
-<button>Join</button></form></footer>
-<script>{SCRIPT}</script>
-</html>
+<footer><button id="more" hidden></button><p id="status" role="status"></p>
+<form><input dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus><button></button></form>
+</footer><script>{SCRIPT}</script>
 """
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache
 def content_security_policy() -> str:
     """What the page may do: run its own script and style, by their hashes, and no more."""
     return (

@@ -213,7 +213,7 @@ class Guest(batchat.Person):
 
 class Room:
     def __init__(self, **settings):
-        self.limiter = Limiter(Settings(**settings), 0.0)
+        self.limiter = batchat.Limiter(Settings(**settings), 0.0)
         self.chat = Chat((Telnet, Web), self.limiter)
         self.guests: list[Guest] = []
 
@@ -3280,7 +3280,7 @@ TIMED_OUT = b"HTTP/1.1 408 .*\r\n\r\nRequest timed out.\n"
     *[(400, [{"Cookie": f"a{control}b"}]) for control in ("\0", "\r", "\x1b", "\x7f")],
     *[(200, [{"Content-Length": "0"}, PLAIN]), (200, [{"Cookie": "a\tb"}, PLAIN])],
     (400, [{"Content-Length": "0", "content-length": "0"}, PLAIN]),
-    *[(431, [{"Cookie": "x" * 8192}]), (431, [{f"X-{n}": "x" for n in range(200)}])],
+    (431, [{"Cookie": "x" * 8192}]),
 )
 def test_http_status(status, how):
     got, headers, _ = asked(request(*how))
@@ -3735,7 +3735,7 @@ def test_page_and_telnet_talk_in_one_room(mike, jonny):
 def test_page_first_screen_says_what_to_do(mike, page_server):
     """The question is right above the input; its button says Join, later Send."""
     mike.opens(page_server)
-    words = "[input.placeholder, find('label').textContent, find('form button').textContent]"
+    words = "[input.placeholder, input.ariaLabel, find('form button').textContent]"
     mike.gives(words, ["Your name", "Your name", "Join"])
     gap = f"input.getBoundingClientRect().top - {LAST}.getBoundingClientRect().bottom"
     mike.gives(f"{LAST}.className === 'prompt' && {gap} < 50")
@@ -3757,7 +3757,7 @@ def test_page_says_why_a_name_is_refused(mike, page_server):
 
 
 def test_page_has_no_sentence_of_the_room():
-    script = re.sub(r"const TEXT = .*", "", batchat.SCRIPT).replace("joined(event)", "")
+    script = re.sub(r"const templates = .*", "", batchat.SCRIPT).replace("joined(event)", "")
     words = ("joined", "has quit", "known as", "was kicked", "Hey", "is taken", "full,")
     assert not [word for word in words if word in script]
 
@@ -4016,7 +4016,7 @@ def test_page_keeps_what_is_typed_before_welcome(mike, jonny, page_server, name)
 
 
 def test_page_sends_nothing_before_it_is_asked(page):
-    page.does("state = 'joining'")
+    page.does("state = 'calling'")
     page.enters("draft")
     page.gives("[input.value, pending.length]", ["draft", 0])
 
@@ -4233,7 +4233,7 @@ def test_page_tab_completes_names(page):
     start = {"jon": "jonny: ", f"jo{TAB}": "jonny: ", "ask Jo": "ask Joe ", "ask @jo": "ask @Joe "}
     rest = {"@jon": "@jonny ", "/msg jon": "/msg jonny ", "/msg ": "/msg Joe "}
     for typed, value in {**start, **rest}.items():
-        page.does("input.value = ''; completing = null")
+        page.does("input.value = ''; completing = {}")
         page.types(typed + TAB)
         page.gives("input.value", value)
     page.types(f"nobody{TAB}")
@@ -4345,7 +4345,7 @@ def test_page_is_quick_with_every_line(page):
     shapes.update({link + "(" * 50_000: ")]", link: [").", "http://a ", *").(a"]})
     texts = [(start + end * size)[:size] for start, ends in shapes.items() for end in ends]
     script = (
-        "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => { completing = null;"
+        "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => { completing = {};"
         "const start = performance.now(); input.value = event.text; complete(); isCalled(event);"
         "paragraph(event); pendingOf(event.text); PASSWORD.test(event.text); input.value = '';"
         "return performance.now() - start; }));"
