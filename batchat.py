@@ -1350,7 +1350,8 @@ class Connection(Person):
 class Reactor:
     """The event loop.
 
-    No log may grow while it is sent, because a memoryview of it is alive.
+    No log may grow while it is sent, because a memoryview of it is alive.  `_reconcile` derives
+    what follows from a connection's state.  `_guard` confines an error to one connection.
     """
 
     def __init__(
@@ -1695,7 +1696,7 @@ class Reactor:
             try:
                 connection.outbox.advance(connection.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
-                pass
+                pass  # the socket takes nothing now
             except OSError as error:
                 self._lose(connection, error.strerror)
 
@@ -2257,14 +2258,14 @@ ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: aut
   background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
-"""
+"""  # noqa: E501
 
 SCRIPT = r"""
 "use strict";
 const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; of these kept; a line counts as SHORT
 const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
-const templates = { ...TEXT_TEMPLATES, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
+const templates = { ...TEMPLATES, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
 for (const type in templates) templates[type] = templates[type].split(/\{(\w+)\}/);  // words, field, words, ...
 const find = selector => document.querySelector(selector);
 const [log, lines, waiting, more, form, input, status, who, list] =
@@ -2582,7 +2583,8 @@ who.ontoggle = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
 setName(name); connect();
-""".replace("TEXT_TEMPLATES", json.dumps({kind: words.strip() for kind, words in TEXT.items()}))
+"""  # noqa: E501
+SCRIPT = SCRIPT.replace("TEMPLATES", json.dumps({key: text.strip() for key, text in TEXT.items()}))
 
 PAGE = f"""<!DOCTYPE html>
 <html lang="en">
@@ -2595,7 +2597,7 @@ PAGE = f"""<!DOCTYPE html>
 <footer><button id="more" hidden></button><p id="status" role="status"></p>
 <form><input dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus><button></button></form>
 </footer><script>{SCRIPT}</script>
-"""
+"""  # noqa: E501
 
 
 @functools.lru_cache

@@ -687,8 +687,8 @@ class Peer:
 
     def break_down(self, error: int, loses=False):
         """Perhaps what the server has not read yet is lost, too."""
-        if self.stage != "queued" and not self.broken:
-            self.broken = error
+        if self.stage != "queued":
+            self.broken = self.broken or error
             if loses:
                 self.typed = self.typed[: len(self.typed) - len(self.arrived)]
                 self.arrived = b""

@@ -166,7 +166,8 @@ async def talk(person):
         people.discard(person)
 
 async def main():
-    async with websockets.serve(talk, sys.argv[1], int(sys.argv[2]), compression=None, backlog=1000):
+    where = sys.argv[1], int(sys.argv[2])
+    async with websockets.serve(talk, *where, compression=None, backlog=1000):
         await asyncio.Future()
 
 asyncio.run(main())
@@ -744,7 +745,8 @@ def picture(rows: list[Row]) -> str:
                 f'<rect{ours} x="132" y="{y + 3}" width="{width:.1f}" height="16" rx="2"/>'
             )
             parts.append(
-                f'<text class="faint" x="{138 + width:.1f}" y="{y + 15}">{significant(number)}</text>'
+                f'<text class="faint" x="{138 + width:.1f}" y="{y + 15}">'
+                f"{significant(number)}</text>"
             )
             y += 22
         y += 10
@@ -755,7 +757,8 @@ def picture(rows: list[Row]) -> str:
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{os.cpu_count()} cores, {system}, Python {platform.python_version()}"
 
 
 def progress(text: str) -> None:

@@ -34,8 +34,9 @@ TALK = [  # who says what; ann sits at the telnet that is shown, mike in the bro
 TOGETHER = """<!DOCTYPE html><meta charset="utf-8"><style>
 body {{ margin: 0; display: flex; gap: 16px; padding: 16px; background: #8d99a6; height: 568px; }}
 pre, img {{ border-radius: 8px; box-shadow: 0 4px 16px #0006; }}
-pre {{ margin: 0; padding: 16px; width: 600px; box-sizing: border-box; overflow: hidden; color: #e6e6e6;
-  background: #10141a; font: 14px/1.35 "DejaVu Sans Mono", "Noto Sans Mono CJK SC", monospace; }}
+pre {{ margin: 0; padding: 16px; width: 600px; box-sizing: border-box; overflow: hidden;
+  color: #e6e6e6; background: #10141a;
+  font: 14px/1.35 "DejaVu Sans Mono", "Noto Sans Mono CJK SC", monospace; }}
 </style><pre>{terminal}</pre><img src="data:image/png;base64,{page}">"""
 
 

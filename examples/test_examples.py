@@ -286,13 +286,14 @@ def test_bridge_catches_up_from_the_history(town):
     assert bob.lines() == [("bridge", "e0@east: one"), ("bridge", "e0@east: two")]
 
 
-@pytest.mark.parametrize("rate, count, killed, repeats", [
-    (0, 56, ["nats"], 0), (0, 56, ["west"], 0), (0, 56, ["west-bridge"], 1),
-    (10, 6, ["nats", "west", "west-bridge"], 1)])
-def test_faults_lose_nothing(town, rate, count, killed, repeats):
+@pytest.mark.parametrize("rate, count, killed", [
+    (0, 56, ["nats"]), (0, 56, ["west"]), (0, 56, ["west-bridge"]),
+    (10, 6, ["nats", "west", "west-bridge"])])
+def test_faults_lose_nothing(town, rate, count, killed):
+    """The line that a killed room or bridge was just saying may come twice."""
     town.open("east", "west", "north", people=3, rate=rate)
     for name in killed:
         town.talk(count)
         town.kill(name)
     town.talk(count)
-    assert town.repeats() <= repeats
+    assert town.repeats() <= len({*killed} - {"nats"})
