@@ -143,6 +143,7 @@ def local_time(at: int) -> str:
 
 # Lines and names
 LINE_LIMIT = 4096  # bytes, without the line end
+HEAD_LIMIT = 8 << 10  # bytes of a request
 NAME_LIMIT = 24  # characters
 SPELLING_LIMIT = 4 * NAME_LIMIT  # characters as typed: NFC shortens text to a quarter at most
 NAME_TRIES = 5
@@ -172,12 +173,13 @@ WHISPER_LIMIT = 64 << 10  # bytes of private lines pending: others can't add mor
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # bytes of private lines pending: their reader's input waits
 
 # Sockets
+WEB_PORT = 1338
 READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 SPARE_DESCRIPTORS = 16  # for our own use
-LOBBY = 16  # descriptors for callers who are refused because the server is full
+LOBBY = 16  # descriptors for callers who find the server full
 PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
 
 # Tokens: an allowance of --rate a second.
@@ -197,13 +199,9 @@ BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
 ADDRESSES_LIMIT = 10_000  # that are known, besides those in use or banned
-FORMER_LIMIT = 100  # former names that operators can use,
-FORMER_SECONDS = 3600.0  # for so long
+FORMER_LIMIT = 100  # former names that are kept
+FORMER_SECONDS = 3600.0  # how long one is kept
 WRONG_PASSWORDS_WARNED = 10  # in an hour, from one address
-
-# The web
-WEB_PORT = 1338
-HEAD_LIMIT = 8 << 10  # bytes
 
 
 class Settings(NamedTuple):
@@ -1350,8 +1348,8 @@ class Connection(Person):
 class Reactor:
     """The event loop.
 
-    No log may grow while it is sent, because a memoryview of it is alive.  `_reconcile` derives
-    what follows from a connection's state.  `_guard` confines an error to one connection.
+    No log may grow while a memoryview of it is alive.  `_reconcile` does what follows from a
+    connection's state.  `_guard` confines an error to one connection.
     """
 
     def __init__(
@@ -1475,7 +1473,7 @@ class Reactor:
         with memoryview(log.data)[offered - log.start :] as news:
             for connection in cast("dict[Connection, None]", log.readers):
                 outbox = connection.outbox
-                # Nearly everyone, nearly always: so it calls no function of ours.
+                # The usual case, so it calls no function of ours.
                 if outbox.cursor == offered and not outbox.splices:
                     try:
                         sent = connection.sock.send(news)
@@ -1696,7 +1694,7 @@ class Reactor:
             try:
                 connection.outbox.advance(connection.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
-                pass  # the socket takes nothing now
+                pass  # its buffer is full
             except OSError as error:
                 self._lose(connection, error.strerror)
 
