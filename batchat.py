@@ -127,7 +127,7 @@ def text_of(event: Event) -> str:
 
 
 def fill(template: str, fields: Event) -> str:
-    """A template with its fields; an empty text takes its colon along."""
+    """A template with its fields; without a text, no colon."""
     if fields.get("text") == "":
         template = template.replace(": {text}", "")
     return template.format_map(fields)
@@ -145,7 +145,7 @@ def local_time(at: int) -> str:
 LINE_LIMIT = 4096  # bytes, without the line end
 HEAD_LIMIT = 8 << 10  # bytes of a request
 NAME_LIMIT = 24  # characters
-SPELLING_LIMIT = 4 * NAME_LIMIT  # characters as typed: NFC shortens text to a quarter at most
+SPELLING_LIMIT = 4 * NAME_LIMIT  # characters as typed: NFC leaves at least a quarter
 NAME_TRIES = 5
 PASSWORD_TRIES = 3  # on one connection
 
@@ -284,7 +284,7 @@ class Outbox:
             self.splices = [(self.cursor, 0, each) for _, _, each in self.splices]
 
     def leave(self) -> None:
-        """Read no further than the log's end of now; what is pending stays pending."""
+        """Read no further than the log's current end; what is pending stays pending."""
         end = self.log.end
         if self._covered <= end:  # else they are outside already
             self._splice(end, FOREVER - end, b"")
@@ -378,7 +378,7 @@ class Protocol:
         self.ended = False  # nothing more will be fed
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer to tell for whom it calls
-        self.caller = ""  # the address that it told
+        self.caller = ""  # the address that it reported
         self.ban = ""  # what a banned caller is told
 
     @property
@@ -502,7 +502,7 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
     """Take the telnet commands out of `data`; `before` are the last bytes of text before it.
 
     Returns the text, with the keys that commands stand for, an incomplete command at its end,
-    and what the commands are answered.
+    and the replies to the commands.
     """
     text, at, rest, answers = bytearray(before), 0, b"", []
     for command in TELNET_COMMAND.finditer(data):
@@ -529,7 +529,7 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
 class Telnet(Protocol):
     """Telnet (RFC 854): lines of text, and commands among them.
 
-    A client that has shown to be a telnet is asked once for BINARY; others get only UTF-8.
+    A client that has turned out to be a telnet is asked once for BINARY; others get only UTF-8.
     """
     __slots__ = ("_after_cr", "_ahead", "_asked", "_at", "_key", "_parsed", "_skipping", "_text")
 
@@ -793,12 +793,12 @@ class Limiter:
 
 # The three states of a person.  Only Chat changes them.
 #
-# AWAITING_NAME  a valid name that is free             CHATTING; the others read of it
+# AWAITING_NAME  a valid name that is free             CHATTING; the others are told
 #                an invalid or taken one               the reason and the prompt; then CLOSING
 #                /quit, end of stream, web request,    CLOSING
 #                too long a line, no name in time
 # CHATTING       /quit, Ctrl-C, Ctrl-D, end of stream  CLOSING; the others read that they quit
-#                dropped or kicked                     CLOSING; the others read of it
+#                dropped or kicked                     CLOSING; the others are told
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
@@ -1015,7 +1015,7 @@ class Chat:
         if self._reject(person):
             return
         try:
-            name = self._free_name(person, text)
+            name = self._available_name(person, text)
         except CommandError as error:
             self.send(person, "error", code=error.code, text=str(error))
             person.tries += 1
@@ -1047,7 +1047,7 @@ class Chat:
         `reason` is for our own log, `code` and `text` for `closing`, `kicked` for the others.
         """
         if person.state is CHATTING:
-            self._free_name_of(person)
+            self._release_name(person)
             person.outbox.log.readers.pop(person, None)
             person.outbox.leave()
             self._ignorers.pop(person, None)
@@ -1119,14 +1119,14 @@ class Chat:
                 person.hinted = True
                 self.send(person, "notice", text="/help shows what you can type.")
 
-    def _free_name(self, person: Person, text: str) -> str:
+    def _available_name(self, person: Person, text: str) -> str:
         """`text` as a name that this person may take, or already has; raises CommandError."""
         name = check_name(text)
         if self.people.get(name_key(name), person) is not person:
             raise CommandError(f"The name {name} is taken.", "name_taken")
         return name
 
-    def _free_name_of(self, person: Person) -> None:
+    def _release_name(self, person: Person) -> None:
         """Let others take a name, by which operators still find this person for a while."""
         key = name_key(person.name)
         del self.people[key]
@@ -1191,10 +1191,10 @@ class Chat:
 
     @command("/nick NAME", "change your name")
     def _nick(self, person: Person, text: str) -> None:
-        name = self._free_name(person, text)
+        name = self._available_name(person, text)
         if name == person.name:
             raise CommandError(f"You are {name} already.")
-        self._free_name_of(person)
+        self._release_name(person)
         self.people[name_key(name)] = person
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
         self.publish("renamed", person, to=name)
@@ -1265,7 +1265,7 @@ class Chat:
         except ValueError:
             minutes = 0
         if not 1 <= minutes <= LONGEST_BAN:
-            raise CommandError(f"A ban takes from 1 to {LONGEST_BAN} minutes.", "usage")
+            raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
         local, bans = address == LOCALHOST, self.limiter.bans()
         if not local and address not in bans and len(bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
@@ -1452,7 +1452,7 @@ class Reactor:
             self._guard(self._read, connection)
 
     def _process_ready(self) -> None:
-        """Process input, first of those who have used least of their share; or in turn."""
+        """Process input, first of those who have used least of their share."""
         until = self.clock() + PROCESS_SECONDS
         for connection in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:

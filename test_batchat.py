@@ -1591,7 +1591,7 @@ def test_quit_leaves_the_room_and_the_prompt(room, line):
     ("name_taken", "The name ANN is taken.", ["/nick ANN"]),
     ("bad_name", "A name is made of letters, digits, '_', '-' and '.' alone.", ["/nick a b"]),
     ("too_long", "A line has at most 4096 bytes; yours was not sent.", [batchat.TOO_LONG]),
-    ("usage", "A ban takes from 1 to 525600 minutes.", BAD_BANS),
+    ("usage", "A ban lasts from 1 to 525600 minutes.", BAD_BANS),
     *[("refused", f"{each} is not banned.", [f"/unban {each}"]) for each in ("1.2.3.4", "x")],
 )
 def test_refusal_goes_to_sender_only(room, code, answer, lines):
