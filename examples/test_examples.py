@@ -158,7 +158,8 @@ class Town:
         process = self.processes[name]
         if name == "west":  # its bridge and its people get all that it has sent
             process.process.send_signal(signal.SIGSTOP)
-            time.sleep(1)
+            unread = rf":{int(re.search(r':([0-9]+)/', process.url)[1]):04X} \S+ \S+:(?!00000000)"
+            wait_until(lambda: not re.search(unread, Path("/proc/net/tcp").read_text()))
         process.stop()
         process.start()
 
