@@ -166,7 +166,7 @@ WINDOW = 1 << 20  # bytes: no log grows beyond it by more than one event
 LAG_LIMIT = WINDOW // 2  # bytes: while any reader lags by more, the room is paused
 ITERATION_LIMIT = WINDOW // 2  # bytes: after so many new ones an iteration takes no more input
 STALL_SECONDS = 2.0  # how long the room may be paused: the stall budget
-STALL_RECOVERY = 0.2  # seconds that the stall budget regains in each second without a pause
+STALL_RECOVERY = 0.2  # seconds that it regains in each second without a pause
 POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
 SPLICE_SIZE = 128  # bytes that a splice counts for; private lines are merged up to this size
 WHISPER_LIMIT = 64 << 10  # bytes of private lines pending: others can't add more
@@ -188,7 +188,7 @@ ADDRESS_SHARE = 10  # times a person's rate: everyone from one address together
 LOCALHOST_SHARE = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
 LINE_TOKENS = 1
-JOIN_TOKENS = 5  # everyone reads that somebody joined, and later that they quit
+JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 25  # a new name confuses everyone
 WRONG_PASSWORD_TOKENS = 50
 
@@ -198,7 +198,7 @@ HISTORY_SIZE = 64 << 10  # bytes of text
 BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
-ADDRESSES_LIMIT = 10_000  # that are known, besides those in use or banned
+ADDRESSES_LIMIT = 10_000  # kept besides those in use or banned
 FORMER_LIMIT = 100  # former names that are kept
 FORMER_SECONDS = 3600.0  # how long one is kept
 WRONG_PASSWORDS_WARNED = 10  # in an hour, from one address
@@ -709,8 +709,8 @@ class Limiter:
         """The address with this name, which address_group has made."""
         if name not in self.addresses:
             if len(self.addresses) >= ADDRESSES_LIMIT:
-                idle = (each for each in self.addresses.values() if not each.is_used(self.now))
-                self.addresses.pop(next(idle, Address("", 0, 0)).name, None)
+                idle = (key for key, each in self.addresses.items() if not each.is_used(self.now))
+                self.addresses.pop(next(idle, ""), None)
             rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
             if name == LOCALHOST:
                 rate, limit = rate * LOCALHOST_SHARE, 0
@@ -781,11 +781,9 @@ class Limiter:
         address.banned_until = max(address.banned_until, self.now + 60 * minutes)
         address.banned_by = by
 
-    def bans(self) -> dict[str, str]:
-        """The names of the banned addresses, each with what operators are told of it."""
-        minutes = [(each, each.banned_minutes(self.now)) for each in self.addresses.values()]
-        text = "{0.name} is banned for another {1} min, by {0.banned_by}."
-        return {each.name: text.format(each, left) for each, left in minutes if left}
+    def bans(self) -> dict[str, Address]:
+        """The banned addresses, by name."""
+        return {key: each for key, each in self.addresses.items() if each.banned_minutes(self.now)}
 
 
 # --------------------------------------------------------------------------
@@ -876,6 +874,10 @@ class CommandError(Exception):
         self.code = code
 
 
+def nobody(name: str) -> CommandError:
+    return CommandError(f"Nobody here is called {name}.")
+
+
 # Letters and marks that nobody can see, and that could hide one name in another.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -955,7 +957,7 @@ class Chat:
         self.at = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
-        # Names that people had: until when, its name_key, whose.
+        # Names that people had: until when, name_key, whose.
         self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_LIMIT)
         self._wrong: deque[tuple[float, str]] = deque(maxlen=1000)  # passwords: when, from where
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # by whom they ignore
@@ -1136,14 +1138,14 @@ class Chat:
         """The person with this name; raises CommandError."""
         person = self.people.get(name_key(name))
         if not person:
-            raise CommandError(f"Nobody here is called {name}.")
+            raise nobody(name)
         return person
 
     def _find_former(self, name: str) -> Person | None:
-        """Who has this name or, else, who had it last, here or gone."""
+        """Who has this name or else had it last, here or gone."""
         key, since = name_key(name), self.limiter.now - FORMER_SECONDS
-        had = [person for until, former, person in self._former if former == key and until > since]
-        return self.people.get(key) or (had[-1] if had else None)
+        had = {former: person for until, former, person in self._former if until > since}
+        return self.people.get(key) or had.get(key)
 
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
@@ -1244,7 +1246,7 @@ class Chat:
     def _kick(self, person: Person, name: str, why: str = "") -> None:
         other = self._find_former(name)
         if not other or other.state is not CHATTING:
-            raise CommandError(f"Nobody here is called {name}.")
+            raise nobody(name)
         self._remove(other, person, why)
 
     def _remove(self, other: Person, person: Person, why: str) -> None:
@@ -1259,7 +1261,7 @@ class Chat:
         other = self._find_former(name)
         address = other.address.name if other else self.limiter.parse(name)
         if not address:
-            raise CommandError(f"Nobody here is called {name}.")
+            raise nobody(name)
         try:
             minutes = int(given or BAN_MINUTES)
         except ValueError:
@@ -1284,15 +1286,20 @@ class Chat:
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
-        for text in self.limiter.bans().values() or ["No address is banned."]:
+        bans = self.limiter.bans()
+        for name, address in bans.items():
+            minutes = address.banned_minutes(self.limiter.now)
+            text = f"{name} is banned for another {minutes} min, by {address.banned_by}."
             self.send(person, "notice", text=text)
+        if not bans:
+            self.send(person, "notice", text="No address is banned.")
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, text: str) -> None:
-        address = self.limiter.parse(text) or text
-        if address not in self.limiter.bans():
+        address, bans = self.limiter.parse(text) or text, self.limiter.bans()
+        if address not in bans:
             raise CommandError(f"{address} is not banned.")
-        self.limiter.addresses[address].banned_until = 0
+        bans[address].banned_until = 0
         logger.info("%s ended the ban of %s", person.name, address)
         self.send(person, "notice", text=f"{address} is no longer banned.")
 
@@ -1878,20 +1885,20 @@ class NonBlockingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         lost = f"... {self.lost} lines of the log were lost\n" if self.lost else ""
         line = f"{lost}{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        written = 0
+        data, written = self.unwritten + line, 0
         # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
         blocking = os.name != "nt" and os.get_blocking(self.descriptor)
         if blocking:
             os.set_blocking(self.descriptor, False)
         with contextlib.suppress(OSError):  # it is full, or has no reader
-            written = os.write(self.descriptor, self.unwritten + line)
+            written = os.write(self.descriptor, data)
         if blocking:
             os.set_blocking(self.descriptor, True)
         if written < len(self.unwritten):
             self.lost += 1
             self.unwritten = self.unwritten[written:]
         else:
-            self.lost, self.unwritten = 0, (self.unwritten + line)[written:]
+            self.lost, self.unwritten = 0, data[written:]
 
 
 def start_logging(level: int) -> None:
@@ -1927,7 +1934,7 @@ def stop_on_signals(reactor: Reactor) -> None:
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
-        # A shell has `&` in a script ignore SIGINT, and nohup ignores SIGHUP.
+        # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
         if number and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)
     reactor.selector.register(ours, READ, on_wakeup)
@@ -2313,7 +2320,7 @@ function receive(event) {
 const handlers = {
   greeting(event) {
     const protocol = String(event.protocol);
-    if (!["1", stored.reloaded].includes(protocol) && stored instanceof Storage) {  // else it would do so again
+    if (!["EVENTS_VERSION", stored.reloaded].includes(protocol) && stored instanceof Storage) {  // else it would do so again
       [stored.reloaded, socket.onmessage] = [protocol, null];
       return location.reload();
     }
@@ -2583,6 +2590,7 @@ onpagehide = () => socket.close();  // a browser may keep the page, and with it 
 setName(name); connect();
 """  # noqa: E501
 SCRIPT = SCRIPT.replace("TEMPLATES", json.dumps({key: text.strip() for key, text in TEXT.items()}))
+SCRIPT = SCRIPT.replace("EVENTS_VERSION", str(EVENTS_VERSION))
 
 PAGE = f"""<!DOCTYPE html>
 <html lang="en">
