@@ -147,7 +147,6 @@ HEAD_LIMIT = 8 << 10  # bytes of a request
 NAME_LIMIT = 24  # characters
 SPELLING_LIMIT = 4 * NAME_LIMIT  # characters as typed: NFC leaves at least a quarter
 NAME_TRIES = 5
-PASSWORD_TRIES = 3  # on one connection
 
 # Time, in seconds
 NAME_SECONDS = 120.0  # from connecting to a valid name
@@ -199,9 +198,9 @@ BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
 ADDRESSES_LIMIT = 10_000  # kept besides those in use or banned
-FORMER_LIMIT = 100  # former names that are kept
-FORMER_SECONDS = 3600.0  # how long one is kept
-WRONG_PASSWORDS_WARNED = 10  # in an hour, from one address
+REMEMBERED = 10_000  # former names, and wrong passwords
+REMEMBERED_SECONDS = 3600.0
+WRONG_PASSWORDS_WARNED = 10  # within that time, from one address
 
 
 class Settings(NamedTuple):
@@ -771,9 +770,10 @@ class Limiter:
         """The name of the address that `text` is; "" if it is none."""
         host = text.partition("/")[0]
         try:
-            return host if host in self.addresses else address_group(host)
+            name = host if host in self.addresses else address_group(host)
         except ValueError:
             return ""
+        return name if text in (host, name) else ""  # no other network than ours
 
     def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address; a longer ban stays as it is."""
@@ -806,7 +806,7 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 class Person:
     """Somebody who is connected, as the chat knows them."""
-    __slots__ = ("address", "bucket", "hinted", "name", "operator", "origin", "outbox", "protocol",
+    __slots__ = ("address", "bucket", "name", "operator", "origin", "outbox", "protocol",
                  "rejected", "state", "timer_start", "tries", "turn_at")
 
     address: Address  # set by Limiter.connect
@@ -820,9 +820,8 @@ class Person:
         self.timer_start = now  # when they connected, were lost, or began to close
         self.rejected = ""  # the code of the reason why they may not join
         self.name = ""
-        self.tries = 0  # names that were refused; when chatting, passwords
+        self.tries = 0  # names that were refused
         self.operator = False
-        self.hinted = False  # they have said "help" and been told of /help
         self.turn_at = 0.0  # when they have used up their share of what their address may spend
 
     @property
@@ -830,33 +829,28 @@ class Person:
         """Whether anything must be done before the connection can be closed."""
         return self.state is not CLOSING or self.outbox.has_pending
 
-    @property
-    def source(self) -> str:
-        """Where their lines come from: their address, or on localhost they alone."""
-        return self.origin if self.address.name == LOCALHOST else self.address.name
-
 
 class History:
     """The last lines that were said, for newcomers."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # lines
-        self._lines: deque[tuple[Event, str, int]] = deque()  # with their sources and sizes
+        self._lines: deque[tuple[Event, str, int]] = deque()  # with their addresses and sizes
         self._size = 0  # bytes of text
         # In each format; made when a newcomer needs it, kept until the next line.
         self.encoded: dict[type[Protocol], bytes] = {}
 
-    def append(self, event: Event, source: str) -> None:
+    def append(self, event: Event, address: str) -> None:
         size = len(event["text"].encode())
-        self._lines.append((event, source, size))
+        self._lines.append((event, address, size))
         self._size += size
         while len(self._lines) > self.limit or self._size > HISTORY_SIZE:
             self._size -= self._lines.popleft()[2]
         self.encoded.clear()
 
-    def forget(self, source: str) -> None:
+    def forget(self, address: str) -> None:
         """Drop the lines that came from there."""
-        self._lines = deque(line for line in self._lines if line[1] != source)
+        self._lines = deque(line for line in self._lines if line[1] != address)
         self._size = sum(size for _, _, size in self._lines)
         self.encoded.clear()
 
@@ -912,6 +906,8 @@ def check_name(text: str) -> str:
         if not good or INVISIBLE.match(character):
             text = "A name is made of letters, digits, '_', '-' and '.' alone."
             raise CommandError(text, "bad_name")
+    if re.fullmatch(r"\d+(\.\d+){3}", name):
+        raise CommandError("A name can't be an address.", "bad_name")
     return name
 
 
@@ -939,9 +935,6 @@ def command(usage: str, text: str, *aliases: str, operators: bool = False) -> Ca
     return register
 
 
-NONE: Event = {}  # no fields
-
-
 class Chat:
     """The room: the people in it, what they say, and who is shown what."""
 
@@ -958,8 +951,8 @@ class Chat:
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
         # Names that people had: until when, name_key, whose.
-        self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_LIMIT)
-        self._wrong: deque[tuple[float, str]] = deque(maxlen=1000)  # passwords: when, from where
+        self._former: deque[tuple[float, str, Person]] = deque(maxlen=REMEMBERED)
+        self._wrong: deque[tuple[float, str]] = deque(maxlen=REMEMBERED)  # passwords: when, whence
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # by whom they ignore
 
     # Showing events
@@ -974,7 +967,7 @@ class Chat:
                 self.new_bytes += len(data)
         if kind in ("said", "did"):
             if self.history.limit:
-                self.history.append(event, person.source)
+                self.history.append(event, person.address.name)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for each in self._ignorers.get(person, ()):
@@ -1026,7 +1019,7 @@ class Chat:
             else:
                 self.disconnect(person, "no valid name", "tries")
             return
-        person.name, person.tries = name, 0
+        person.name = name
         self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
         self.publish("joined", person)  # while they do not read it themselves
         person.state = CHATTING
@@ -1042,7 +1035,8 @@ class Chat:
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(
-        self, person: Person, reason: str, code: str = "", text: str = "", kicked: Event = NONE
+        self, person: Person, reason: str, code: str = "", text: str = "",
+        kicked: Event | None = None,
     ) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
@@ -1055,7 +1049,7 @@ class Chat:
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            self.publish("kicked" if kicked else "quit", person, **kicked)
+            self.publish("kicked" if kicked else "quit", person, **(kicked or {}))
             here = len(self.people)
             logger.info("%s left: %s (%s, %d here)", person.name, reason, person.origin, here)
         else:
@@ -1117,8 +1111,7 @@ class Chat:
             self._run_command(person, f"// {line[1:]}" if line[:2] == "//" else line)
         elif line.strip():
             self.publish("said", person, text=line)
-            if line in ("help", "?") and not person.hinted:
-                person.hinted = True
+            if line in ("help", "?"):
                 self.send(person, "notice", text="/help shows what you can type.")
 
     def _available_name(self, person: Person, text: str) -> str:
@@ -1143,7 +1136,7 @@ class Chat:
 
     def _find_former(self, name: str) -> Person | None:
         """Who has this name or else had it last, here or gone."""
-        key, since = name_key(name), self.limiter.now - FORMER_SECONDS
+        key, since = name_key(name), self.limiter.now - REMEMBERED_SECONDS
         had = {former: person for until, former, person in self._former if until > since}
         return self.people.get(key) or had.get(key)
 
@@ -1226,21 +1219,18 @@ class Chat:
         from hmac import compare_digest  # here, because it takes 4 MB that few need
 
         if compare_digest(password.encode(), self.settings.password.encode()):
-            person.operator, person.tries = True, 0
+            person.operator = True
             logger.info("%s is an operator (%s)", person.name, person.origin)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
-        now, where = self.limiter.now, person.address.name
-        self._wrong.append((now, where))
-        wrong = sum(at > now - 3600 and name == where for at, name in self._wrong)
+        now, address = self.limiter.now, person.address.name
+        self._wrong.append((now, address))
+        wrong = sum(now - at < REMEMBERED_SECONDS and each == address for at, each in self._wrong)
         if wrong == WRONG_PASSWORDS_WARNED:
-            logger.warning("%d wrong passwords in an hour from %s", wrong, where)
-        self.send(person, "error", code="refused", text="That is not the password.")
-        person.tries += 1
-        if person.tries == PASSWORD_TRIES:
-            self.disconnect(person, "wrong passwords", "tries")
+            logger.warning("%d wrong passwords in an hour from %s", wrong, address)
+        raise CommandError("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
     def _kick(self, person: Person, name: str, why: str = "") -> None:
@@ -1257,27 +1247,22 @@ class Chat:
         self.disconnect(other, f"kicked by {person.name}, {person.origin}", "kicked", text, fields)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
-    def _ban(self, person: Person, name: str, given: str = "") -> None:
+    def _ban(self, person: Person, name: str, given: str = str(BAN_MINUTES)) -> None:
         other = self._find_former(name)
         address = other.address.name if other else self.limiter.parse(name)
         if not address:
             raise nobody(name)
-        try:
-            minutes = int(given or BAN_MINUTES)
-        except ValueError:
-            minutes = 0
+        minutes = int(given) if given.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
-        local, bans = address == LOCALHOST, self.limiter.bans()
-        if not local and address not in bans and len(bans) >= BANS_LIMIT:
+        if address == LOCALHOST:
+            raise CommandError("localhost is never banned; /kick removes somebody.")
+        bans = self.limiter.bans()
+        if address not in bans and len(bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         if other and other.state is CHATTING:
-            self._remove(other, person, "" if local else f"banned for {minutes} min")
-        self.history.forget(other.source if other else address)
-        if local:
-            out = f"{other.name} is out, but came from localhost, which" if other else "localhost"
-            self.send(person, "notice", text=f"{out} is never banned.")
-            return
+            self._remove(other, person, f"banned for {minutes} min")
+        self.history.forget(address)
         self.limiter.ban(address, minutes, person.name)
         logger.info("%s banned %s for %d min", person.name, address, minutes)
         here = sum(each.address.name == address for each in self.people.values())
@@ -1758,6 +1743,7 @@ class Reactor:
     def _close(self, connection: Connection) -> None:
         for kept in (self.connections, self.ready, self.blocked):
             kept.pop(connection, None)
+        connection.outbox.close_writes()
         self.limiter.disconnect(connection)
         with contextlib.suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(connection.sock)
@@ -1863,11 +1849,25 @@ def announce(host: str | None, ports: list[int]) -> None:
         text += f", or in a browser: http://{site}:{port}/"
     if not host:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
-    try:
-        # Not print(), which would try again at exit to write what it could not, and fail.
-        os.write(sys.stdout.fileno(), f"{text}\n".encode("utf-8", "replace"))
-    except (OSError, AttributeError):  # a closed pipe, a full disk; None if closed at the start
+    data = f"{text}\n".encode("utf-8", "replace")
+    # Not print(), which would try again at exit to write what it could not, and fail.
+    if sys.stdout is None or write_at_once(sys.stdout.fileno(), data) < len(data):
         logger.info("%s", text)
+
+
+def write_at_once(descriptor: int, data: bytes) -> int:
+    """Write what can be written without waiting for a reader; returns how many bytes it was."""
+    # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
+    blocking = os.name != "nt" and os.get_blocking(descriptor)
+    try:
+        if blocking:
+            os.set_blocking(descriptor, False)
+        return os.write(descriptor, data)
+    except OSError:  # it is full, or has no reader
+        return 0
+    finally:
+        if blocking:
+            os.set_blocking(descriptor, True)
 
 
 class NonBlockingHandler(logging.Handler):
@@ -1885,15 +1885,8 @@ class NonBlockingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         lost = f"... {self.lost} lines of the log were lost\n" if self.lost else ""
         line = f"{lost}{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        data, written = self.unwritten + line, 0
-        # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
-        blocking = os.name != "nt" and os.get_blocking(self.descriptor)
-        if blocking:
-            os.set_blocking(self.descriptor, False)
-        with contextlib.suppress(OSError):  # it is full, or has no reader
-            written = os.write(self.descriptor, data)
-        if blocking:
-            os.set_blocking(self.descriptor, True)
+        data = self.unwritten + line
+        written = write_at_once(self.descriptor, data)
         if written < len(self.unwritten):
             self.lost += 1
             self.unwritten = self.unwritten[written:]

@@ -1537,7 +1537,7 @@ KICKED, KICK = "* bob was kicked by mike", {"name": "bob", "by": "mike"}
 PSST = event("whisper", at=7, **{"from": "mike", "to": "ann", "text": "psst"})
 PEOPLE = event("people", people=[{"name": n, "operator": False} for n in ("ann", "bob", "mike")])
 COMMANDS = event("help", commands=re.findall(r"\* (.*?)  +(.+)", HELP))
-BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "9" * 5000)]
+BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "9" * 4000)]
 
 
 @cases(
@@ -1590,6 +1590,7 @@ def test_quit_leaves_the_room_and_the_prompt(room, line):
     ("refused", "You are mike already.", ["/nick mike"]),
     ("name_taken", "The name ANN is taken.", ["/nick ANN"]),
     ("bad_name", "A name is made of letters, digits, '_', '-' and '.' alone.", ["/nick a b"]),
+    ("bad_name", "A name can't be an address.", ["/nick 192.0.2.1", "/nick \uff11.2.3.4"]),
     ("too_long", "A line has at most 4096 bytes; yours was not sent.", [batchat.TOO_LONG]),
     ("usage", "A ban lasts from 1 to 525600 minutes.", BAD_BANS),
     *[("refused", f"{each} is not banned.", [f"/unban {each}"]) for each in ("1.2.3.4", "x")],
@@ -1612,8 +1613,8 @@ def test_private_lines_come_in_their_right_place(room):
     mike.types("?", "/msg ANN  over  here", "?", "/me too", "/nick mick", "/who")
     ann.types("two")
     renamed, psst = "* mike is now known as mick\n", "[mike -> ann] over  here\n"
-    hint = "* /help shows what you can type.\n"  # once
-    mike.expect(f"<ann> one\n{hint}{psst}{renamed}* 3 here: ann, bob, mick\n<ann> two\n")
+    hint = "* /help shows what you can type.\n"
+    mike.expect(f"<ann> one\n{hint}{psst}{hint}{renamed}* 3 here: ann, bob, mick\n<ann> two\n")
     ann.expect(f"<mike> ?\n{psst}<mike> ?\n** mike too\n{renamed}")
     bob.expect(f"<ann> one\n<mike> ?\n<mike> ?\n** mike too\n{renamed}<ann> two\n")
 
@@ -1980,6 +1981,9 @@ def ann(kept) -> Guest:
     return ann
 
 
+NO_BANS = "* No address is banned.\n"
+
+
 @cases("password", "", PASSWORD)
 def test_operator_commands_are_unknown_to_others(password):
     mike = Room(password=password).join("mike")
@@ -2019,14 +2023,9 @@ def test_no_line_with_a_password_is_said(before, slash, rest):
     assert mike.state is CHATTING
 
 
-def test_third_password_and_fifth_name_are_last(kept, ann):
-    """Names that were refused are no passwords."""
-    mike = kept.caller("", "a b", "ann", "?", "mike", "/op")
-    assert mike.read().endswith(hey("mike") + "* Usage: /op PASSWORD\n")
-    mike.types("/op Sesame", "/op sesam", "hi", "/op sesame2")
-    mike.expect("* That is not the password.\n" * 3 + GOODBYE)
-    ann.expect("* mike has joined the chat\n<mike> hi\n* mike has quit the chat\n")
-    eve = kept.caller(*["a b"] * 5)
+def test_fifth_name_is_the_last(room):
+    assert room.caller(*["a b"] * 4, "eve").state is CHATTING
+    eve = room.caller(*["a b"] * 5)
     assert eve.read().endswith(f"alone.\n{GOODBYE}") and eve.state is CLOSING
 
 
@@ -2058,24 +2057,22 @@ def test_ban_refuses_an_address_for_its_time(kept, ann):
     kept.join("mike", "2001:db8::8")
 
 
-@cases(
-    "host, answer",
-    ("203.0.113.5", "203.0.113.5 is banned for 60 min; others from there are here: 0."),
-    ("127.0.0.1", "mike is out, but came from localhost, which is never banned."),
-)
-def test_ban_takes_their_lines_out_of_the_history(kept, ann, host, answer):
-    """Of localhost, only those of that connection.  There is space for others again."""
+def test_ban_takes_their_lines_out_of_the_history(kept, ann):
+    """There is space for others again."""
     ann.types("hi")
-    mike, local = kept.join("mike", host), kept.join("local")
+    mike, local = kept.join("mike", "203.0.113.5"), kept.join("local")
     mike.types(*["spam" * 1000] * 16)
     local.types("me, too")
-    ann.read()
-    ann.types("/ban mike", *[LONG] * 16, "/bans")
-    shown = ann.read().split("\n", 1)[1]
-    assert shown.startswith(f"* {answer}\n")
-    assert ("No address is banned." in shown) == (host == "127.0.0.1")
+    ann.types("/ban mike", *[LONG] * 16)
     said = re.findall("<(.*)> (.*)", kept.caller("eve").read())
     assert said == [("ann", "hi"), ("local", "me, too"), *[("ann", LONG)] * 16]
+
+
+def test_localhost_is_never_banned(kept, ann):
+    mike = kept.join("mike")
+    ann.types("/ban mike", "/ban 127.0.0.1", "/ban ::1", "/bans")
+    ann.expect("* localhost is never banned; /kick removes somebody.\n" * 3 + NO_BANS)
+    assert mike.state is CHATTING
 
 
 def test_bans_are_listed_and_ended(kept, ann, caplog):
@@ -2098,7 +2095,7 @@ def test_bans_are_listed_and_ended(kept, ann, caplog):
     )
     kept.wait(3600)
     ann.types("/bans", "/unban 203.0.113.1")
-    ann.expect("* No address is banned.\n* 203.0.113.1 is not banned.\n")
+    ann.expect(f"{NO_BANS}* 203.0.113.1 is not banned.\n")
     kept.limiter.tick()
     assert [*kept.limiter.addresses] == ["localhost"]
     logged = {"ann banned 203.0.113.0 for 60 min", "ann ended the ban of 203.0.113.0"}
@@ -2117,7 +2114,7 @@ def test_at_most_1000_bans(kept, ann):
     assert banned == [("10.0.0.0", "90"), ("10.0.3.232", "60")]
 
 
-@cases("times", 1, 50)
+@cases("times", 1, 9000)
 def test_former_names_are_found(kept, ann, times):
     """A new name every second dodges no operator, here or gone."""
     troll = kept.join("troll", "203.0.113.5")
@@ -2144,21 +2141,21 @@ def test_former_name_is_the_latest_of_an_hour(kept, ann):
 
 
 def test_ban_takes_an_address(kept, ann):
-    """People from there stay; a person of that very name comes first."""
+    """People from there stay.  A network is no address, but for the /64 that counts as one."""
     eve = kept.join("eve", "203.0.113.5")
-    ann.types("/ban 203.0.113.5 5", "/ban 2001:db8::7", "/ban 127.0.0.1", "/ban 1.2.3", "/bans")
+    ann.types("/ban 203.0.113.5 5", "/ban 2001:db8::7", "/ban 1.2.3", "/ban 203.0.113.0/24")
+    ann.types("/ban 2001:db8::/48", "/ban 2001:db8:1::/64 9", "/bans")
     ann.expect(
         "* 203.0.113.5 is banned for 5 min; others from there are here: 1.\n"
         "* 2001:db8::/64 is banned for 60 min; others from there are here: 0.\n"
-        "* localhost is never banned.\n* Nobody here is called 1.2.3.\n"
+        "* Nobody here is called 1.2.3.\n* Nobody here is called 203.0.113.0/24.\n"
+        "* Nobody here is called 2001:db8::/48.\n"
+        "* 2001:db8:1::/64 is banned for 9 min; others from there are here: 0.\n"
         "* 203.0.113.5 is banned for another 5 min, by ann.\n"
         "* 2001:db8::/64 is banned for another 60 min, by ann.\n"
+        "* 2001:db8:1::/64 is banned for another 9 min, by ann.\n"
     )
     assert eve.state is CHATTING
-    named = kept.join("198.51.100.9", "198.51.100.1")
-    ann.types("/ban 198.51.100.9")
-    assert named.state is CLOSING
-    assert "* 198.51.100.1 is banned" in ann.read()
 
 
 def test_who_shows_operators_each_address(kept, ann):
@@ -2856,7 +2853,7 @@ def test_too_long_a_name_is_not_normalized(room):
 
 
 def test_nothing_is_kept_of_people_who_left(room):
-    """But their names, for operators: the last hundred."""
+    """But the last 10,000 former names, for operators."""
     mike, troll = room.join("mike"), room.join("troll")
     mike.types("/ignore troll", "hello")
     troll.types("/ignore mike", "/msg mike psst")
@@ -2866,7 +2863,7 @@ def test_nothing_is_kept_of_people_who_left(room):
     room.guests.remove(mike)
     left = weakref.ref(mike)
     del mike
-    troll.types(*[f"/nick t{n}" for n in range(100)])
+    troll.types(*[f"/nick t{n}" for n in range(10_000)])
     gc.collect()
     assert left() is None
 
@@ -3071,13 +3068,18 @@ def test_2_000_people_may_call_at_once():
         assert len(selector.select(0)) == 2000
 
 
-@cases("output", ">/dev/full", ">&-", "")
-def test_opening_lines_go_to_the_log_if_need_be(output):
-    """Where standard output is full, is not open, or leads nowhere."""
+@cases("output, has_reader", (">/dev/full", True), (">&-", True), ("", False), ("", True))
+def test_opening_lines_go_to_the_log_if_need_be(output, has_reader):
+    """Where standard output is full, is not open, or nobody reads it."""
     command = command_line("--port", "0", "--web-port", "0", first=f"exec {output}")
     ours, theirs = socket.socketpair()
-    theirs.close()
-    with ours, subprocess.Popen(command, stdout=ours, stderr=subprocess.PIPE, text=True) as process:
+    if has_reader:  # a byte at a time, so that not one more fits
+        with suppress(BlockingIOError):
+            while ours.send(b"x", socket.MSG_DONTWAIT):
+                pass
+    else:
+        theirs.close()
+    with ours, theirs, subprocess.Popen(command, stdout=ours, stderr=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stderr if "listens on" in line)
         port = int(re.search(r"port (\d+)", line)[1])
         with socket.create_connection(("127.0.0.1", port)) as caller:
