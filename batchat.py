@@ -693,16 +693,27 @@ class Limiter:
         self.addresses: dict[str, Address] = {}  # by address_group
 
     def connect(self, person: Person, host: str, ours: str = "") -> None:
-        """Count a new connection; where there are too many, the person is rejected."""
-        self._count(person, self.everyone, "full")
-        self._locate(person, address_group(host, ours))
+        """Count a connection; where there are too many, the person is rejected."""
+        person.address = self.address(address_group(host, ours))
+        for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
+            quota.connections += 1
+            if quota.limit and quota.free < 0:
+                person.rejected = person.rejected or code
+        if person.rejected or person.outbox.write_closed:
+            self.depart(person)
         if self.settings.rate:
             self._postpone(person, JOIN_TOKENS)  # newcomers do not go before all others
 
-    def move(self, person: Person, host: str) -> None:
-        """Count a connection for the address that a proxy told."""
-        self._uncount(person, person.address)
-        self._locate(person, address_group(host))
+    def depart(self, person: Person) -> None:
+        """Count a connection, which will end soon, no longer against the limits."""
+        for quota in (self.everyone, person.address):
+            quota.departing[person] = None
+
+    def disconnect(self, person: Person) -> None:
+        """Forget a connection."""
+        for quota in (self.everyone, person.address):
+            quota.connections -= 1
+            quota.departing.pop(person, None)
 
     def address(self, name: str) -> Address:
         """The address with this name, which address_group has made."""
@@ -715,30 +726,6 @@ class Limiter:
                 rate, limit = rate * LOCALHOST_SHARE, 0
             self.addresses[name] = Address(name, limit, rate)
         return self.addresses[name]
-
-    def _locate(self, person: Person, name: str) -> None:
-        person.address = self.address(name)
-        self._count(person, person.address, "crowded")
-        if person.rejected or person.outbox.write_closed:
-            self.depart(person)
-
-    def _count(self, person: Person, quota: Quota, code: str) -> None:
-        quota.connections += 1
-        if quota.limit and quota.free < 0:
-            person.rejected = person.rejected or code
-
-    def _uncount(self, person: Person, quota: Quota) -> None:
-        quota.connections -= 1
-        quota.departing.pop(person, None)
-
-    def depart(self, person: Person) -> None:
-        """Count a connection, which will end soon, no longer against the limits."""
-        for quota in (self.everyone, person.address):
-            quota.departing[person] = None
-
-    def disconnect(self, person: Person) -> None:
-        for quota in (self.everyone, person.address):
-            self._uncount(person, quota)
 
     def surplus(self, person: Person) -> Person | None:
         """A connection that must go, because too many like this one are departing."""
@@ -1097,7 +1084,8 @@ class Chat:
         caller = person.protocol.caller
         if caller:
             person.origin = f"{caller} through {person.origin}"
-            self.limiter.move(person, caller)
+            self.limiter.disconnect(person)
+            self.limiter.connect(person, caller)
         person.protocol.ban = self._ban_text(person)
 
     def _take_line(self, person: Person, line: Message) -> None:
@@ -1382,7 +1370,6 @@ class Reactor:
                 self.stop()
         for connection in list(self.connections):
             self._close(connection)
-        self.chat.changed.clear()
         return well
 
     def stop(self) -> None:
@@ -1763,25 +1750,26 @@ def whole_number(most: int, text: str) -> int:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; exits with status 2 if they are wrong."""
+    usual = Settings()
     parser = argparse.ArgumentParser(
         description="A chat room for telnet and browsers.",
         epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
     )
     add = parser.add_argument
     add("--host", metavar="ADDRESS", help="listen on this address (default: all, IPv4 and IPv6)")
-    for flag, most, default, text in [
+    for flag, most, value, text in [
         ("--port", 65535, 1337, "port for telnet; 0 is any free one"),
         ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
-        ("--rate", 1_000_000, 10, "lines a second from one person; 0 is no limit"),
-        ("--max-people", 1_000_000, 0, "people in the room; 0 is as many as can connect"),
-        ("--max-per-address", 1_000_000, 100, "connections from one address; 0 is no limit"),
-        ("--history", HISTORY_LINES, 0, f"lines that newcomers are shown, up to {HISTORY_LINES}"),
+        ("--rate", 1_000_000, usual.rate, "lines a second from one person; 0 is no limit"),
+        ("--max-people", 1_000_000, usual.max_people, "people in the room; 0 is no limit"),
+        ("--max-per-address", 1_000_000, usual.max_per_address, "from one address; 0 is no limit"),
+        ("--history", HISTORY_LINES, usual.history, f"lines for newcomers, up to {HISTORY_LINES}"),
     ]:
         number = functools.partial(whole_number, most)
-        shown = text if default is None else f"{text} (default: %(default)s)"
-        add(flag, metavar="N", type=number, default=default, help=shown)
+        shown = text if value is None else f"{text} (default: %(default)s)"
+        add(flag, metavar="N", type=number, default=value, help=shown)
     text = "what callers are shown first (default: %(default)s)"
-    add("--welcome", metavar="TEXT", default=WELCOME, help=text)
+    add("--welcome", metavar="TEXT", default=usual.welcome, help=text)
     add("--password-file", metavar="FILE", help="the operators' password is its first line")
     text = "trust X-Forwarded-For of browsers that call from localhost"
     add("--behind-proxy", action="store_true", help=text)
@@ -1942,8 +1930,8 @@ def main(arguments: list[str] | None = None) -> int:
     if most < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
-    limits = options.rate, options.max_people, options.max_per_address, options.history
-    settings = Settings(*limits, options.welcome, password, options.behind_proxy, most)
+    given = {name: value for name, value in vars(options).items() if name in Settings._fields}
+    settings = Settings(**given, password=password, max_connections=most)
     listeners = open_listeners(options)
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)

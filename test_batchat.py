@@ -3079,7 +3079,8 @@ def test_opening_lines_go_to_the_log_if_need_be(output, has_reader):
                 pass
     else:
         theirs.close()
-    with ours, theirs, subprocess.Popen(command, stdout=ours, stderr=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(command, stdout=ours, stderr=subprocess.PIPE, text=True)
+    with ours, theirs, process:
         line = next(line for line in process.stderr if "listens on" in line)
         port = int(re.search(r"port (\d+)", line)[1])
         with socket.create_connection(("127.0.0.1", port)) as caller:
