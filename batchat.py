@@ -368,13 +368,14 @@ Message = Union[str, int]
 
 class Protocol:
     """A protocol without sockets: `feed` it bytes, take the `next` message."""
-    __slots__ = ("ban", "behind_proxy", "caller", "ended", "replies")
+    __slots__ = ("ban", "behind_proxy", "caller", "ended", "interrupted", "replies")
 
     ECHO = False  # whether speakers are sent what they say
     PING = b""  # what keeps a connection alive
 
     def __init__(self) -> None:
         self.ended = False  # nothing more will be fed
+        self.interrupted = False  # Ctrl-C was read, if not yet fed
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer to tell for whom it calls
         self.caller = ""  # the address that it reported
@@ -397,12 +398,11 @@ class Protocol:
         """The next line or signal; None if more must be read first."""
         raise NotImplementedError
 
-    def take_interrupt(self, unread: bytes, new: int) -> bool:
-        """Whether Ctrl-C is in the last `new` bytes of what was read but not fed.
+    def scan(self, data: bytes) -> None:
+        """Look for Ctrl-C in what was just read, and will be fed later."""
 
-        If so, everything before it is dropped, and DISCONNECT comes next.
-        """
-        return False
+    def interrupt(self, unfed: bytes) -> None:
+        """Obey Ctrl-C now: drop all before it, also what was not fed; DISCONNECT is next."""
 
     def close(self, code: str) -> bytes:
         """The last bytes, after a `closing` event with this code, if there was one."""
@@ -503,6 +503,8 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
     Returns the text, with the keys that commands stand for, an incomplete command at its end,
     and the replies to the commands.
     """
+    if IAC not in data:
+        return data, b"", b""
     text, at, rest, answers = bytearray(before), 0, b"", []
     for command in TELNET_COMMAND.finditer(data):
         text += data[at : command.start()]
@@ -530,13 +532,13 @@ class Telnet(Protocol):
 
     A client that has turned out to be a telnet is asked once for BINARY; others get only UTF-8.
     """
-    __slots__ = ("_after_cr", "_ahead", "_asked", "_at", "_key", "_parsed", "_skipping", "_text")
+    __slots__ = ("_after_cr", "_asked", "_at", "_fed", "_key", "_scanned", "_skipping", "_text")
 
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        self._parsed = (b"", b"")  # by `split_commands`: last bytes of text, incomplete command
-        self._ahead = (b"", b"")  # the same, for `take_interrupt`
+        # Where `split_commands` goes on: the last bytes of text, and an incomplete command.
+        self._fed = self._scanned = (b"", b"")
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
         self._at = 0  # how much of `_text` was taken
@@ -551,14 +553,14 @@ class Telnet(Protocol):
         if not data:
             self.ended = True
             return
-        before, command = self._parsed
+        before, command = self._fed
         if command or IAC in data:
             if not self._asked:
                 self._asked = True
                 self.replies += ASK_FOR_BINARY
             data, command, answers = split_commands(command + data, before)
             self.replies += answers
-        self._parsed = (before + data)[-3:], command
+        self._fed = (before + data)[-3:], command
         if not data or self._key:
             return
         for key in (CTRL_C, CTRL_D):
@@ -576,23 +578,16 @@ class Telnet(Protocol):
             self._asked = True
             self.replies += ASK_FOR_BINARY
 
-    def take_interrupt(self, unread: bytes, new: int) -> bool:
-        if self._key != CTRL_C:
-            if not new:
-                return False
-            if new >= len(unread):  # nothing was looked at since the last feed
-                self._ahead = self._parsed
-            before, command = self._ahead
-            ahead = unread[-new:]
-            text, command, _ = split_commands(command + ahead, before)
-            self._ahead = (before + text)[-3:], command
-            if CTRL_C not in text:
-                return False
-            self._key = CTRL_C
-            if DO_TIMING_MARK in ahead:  # until it is answered, telnet shows nothing
-                self.replies += WONT_TIMING_MARK
-        self._text, self._at, self._skipping = b"", 0, False
-        return True
+    def scan(self, data: bytes) -> None:
+        before, command = self._scanned
+        text, command, _ = split_commands(command + data, before)
+        self._scanned = (before + text)[-3:], command
+        self.interrupted = self.interrupted or CTRL_C in text
+
+    def interrupt(self, unfed: bytes) -> None:
+        if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
+            self.replies += WONT_TIMING_MARK
+        self._key, self._text, self._at, self._skipping = CTRL_C, b"", 0, False
 
     def next(self) -> Message | None:
         while True:
@@ -1303,13 +1298,12 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 
 class Connection(Person):
     """A person and their socket."""
-    __slots__ = ("ended", "events", "read_buffer", "sock", "unanswered", "unscanned")
+    __slots__ = ("ended", "events", "read_buffer", "sock", "unanswered")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log, rate, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = 0  # bytes at its end in which Ctrl-C was not looked for
         self.ended = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
@@ -1436,11 +1430,10 @@ class Reactor:
         for connection in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
                 return
-            if connection in self.ready and self._ready_at(connection) <= self.now:
+            may_speak = connection.protocol.interrupted or self._ready_at(connection) <= self.now
+            if connection in self.ready and may_speak:
                 self.ready[connection] = self.ready.pop(connection)  # behind the others
-            elif not connection.unscanned:  # which may hold Ctrl-C
-                continue
-            self._guard(self._process_input, connection)
+                self._guard(self._process_input, connection)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1605,7 +1598,7 @@ class Reactor:
             data = b""
         connection.unanswered = 0
         connection.read_buffer += data
-        connection.unscanned += len(data)
+        connection.protocol.scan(data)
         connection.ended = not data
         self.ready.setdefault(connection)
 
@@ -1615,16 +1608,13 @@ class Reactor:
         They stay in the ready queue until all that was read is processed.
         """
         protocol = connection.protocol
-        step = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
+        budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
         self.chat.changed[connection] = None
         while connection.state is not CLOSING:
             if self._ready_at(connection) > self.now:
-                if connection.state is AWAITING_NAME:
-                    return  # they have said nothing that Ctrl-C could drop
-                new = min(connection.unscanned, len(connection.read_buffer))
-                connection.unscanned = 0
-                if not protocol.take_interrupt(connection.read_buffer, new):
+                if not protocol.interrupted:
                     return
+                protocol.interrupt(connection.read_buffer)
             message = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(connection, protocol.replies)
@@ -1634,11 +1624,11 @@ class Reactor:
                 if message is REQUESTED:
                     self._evict(connection)  # a proxy may have told another address
             elif connection.read_buffer:
-                if not step:
+                if not budget:
                     return
-                data = connection.read_buffer[:step]
-                connection.read_buffer = connection.read_buffer[step:]
-                step = 0
+                data = connection.read_buffer[:budget]
+                connection.read_buffer = connection.read_buffer[budget:]
+                budget = 0
                 self.limiter.charge(connection, len(data) / BYTES_PER_TOKEN)
                 protocol.feed(data)
             elif connection.ended:

@@ -2791,18 +2791,14 @@ def test_ctrl_c_drops_what_waits_and_leaves(paced, reads, lines, seconds):
 @given(st.text(ALPHABETS), PLACES)
 def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
     text += "\u30c3\U0001f3c3"
-    protocol, ahead = Telnet(), b""
+    protocol = Telnet()
     for read in cut(typed_in_telnet(f"{text}\n"), places):
-        ahead += read
-        assert not protocol.take_interrupt(ahead, len(read))
-        half = len(ahead) // 2
-        if half:
-            protocol.feed(ahead[:half])
-        ahead = ahead[half:]
-    protocol.feed(ahead)
+        protocol.scan(read)
+        protocol.feed(read)
+    assert not protocol.interrupted
     assert protocol.next() == clean(text)
-    protocol.feed(b"\xff\xf4")
-    assert protocol.take_interrupt(b"", 0)
+    protocol.scan(b"\xff\xf4")
+    assert protocol.interrupted
 
 
 @cases(
