@@ -167,7 +167,7 @@ ITERATION_LIMIT = WINDOW // 2  # bytes: after so many new ones an iteration take
 STALL_SECONDS = 2.0  # how long the room may be paused: the stall budget
 STALL_RECOVERY = 0.2  # seconds that it regains in each second without a pause
 POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
-SPLICE_SIZE = 128  # bytes that a splice counts for; private lines are merged up to this size
+SPLICE_SIZE = 128  # bytes that a splice counts for; adjacent ones are merged up to this size
 WHISPER_LIMIT = 64 << 10  # bytes of private lines pending: others can't add more
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # bytes of private lines pending: their reader's input waits
 
@@ -255,8 +255,9 @@ class Outbox:
     """What one person still has to be sent: a cursor into the log, and splices.
 
     A splice `(at, exclude, private)` says: at offset `at` of the log, insert the bytes `private`
-    (a reply to this person), then leave out the next `exclude` bytes (their own line).  Splices
-    are in order; short ones that touch are merged.  Outside the room the cursor is FOREVER.
+    (a reply to this person), then leave out the next `exclude` bytes (their own line).  So with
+    the cursor at 100 and the splice (150, 20, b"hi"), log[100:150] is sent, then hi, then the log
+    from 170 on.  Splices are in order.  Outside the room the cursor is FOREVER.
     """
     __slots__ = ("cursor", "log", "private_bytes", "splices", "write_closed")
 
@@ -285,8 +286,7 @@ class Outbox:
     def leave(self) -> None:
         """Read no further than the log's current end; what is pending stays pending."""
         end = self.log.end
-        if self._covered <= end:  # else they are outside already
-            self._splice(end, FOREVER - end, b"")
+        self._splice(end, FOREVER - end, b"")
 
     def close_writes(self) -> None:
         """Drop everything pending, and take nothing more."""
@@ -297,27 +297,28 @@ class Outbox:
 
     def insert(self, data: bytes) -> None:
         """Send `data` to this person only, after everything in the log so far."""
-        if data and not self.write_closed:
-            self.private_bytes += len(data)
-            self._splice(max(self._covered, self.log.end), 0, data)
+        if data:
+            self._splice(max(self._last, self.log.end), 0, data)
 
     def exclude_newest(self) -> None:
         """Leave out the last event of the log."""
         newest = self.log.newest
-        if newest >= self._covered:  # else they do not read it anyway
-            self._splice(newest, self.log.end - newest, b"")
+        self._splice(newest, self.log.end - newest, b"")
 
     @property
-    def _covered(self) -> int:
-        """The offset up to which the splices say what is read."""
+    def _last(self) -> int:
+        """Where the last splice ends: from there on, the whole log is sent."""
         if not self.splices:
             return self.cursor
         at, exclude, _ = self.splices[-1]
         return at + exclude
 
     def _splice(self, at: int, exclude: int, private: bytes) -> None:
-        touches = self.splices and at == self._covered
-        if touches and len(self.splices[-1][2]) + len(private) <= SPLICE_SIZE:
+        if self.write_closed:
+            return
+        self.private_bytes += len(private)
+        adjacent = self.splices and at == self._last
+        if adjacent and len(self.splices[-1][2]) + len(private) <= SPLICE_SIZE:
             at, excluded, earlier = self.splices.pop()
             exclude, private = excluded + exclude, earlier + private
         self.splices.append((at, exclude, private))
@@ -392,7 +393,6 @@ class Protocol:
 
     def feed(self, data: bytes) -> None:
         """Take what the peer sent; b"" is the end of the stream."""
-        raise NotImplementedError
 
     def next(self) -> Message | None:
         """The next line or signal; None if more must be read first."""
@@ -459,9 +459,9 @@ DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # R
 
 ARE_YOU_THERE, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
-# Commands that stand for a key: the key, and the byte that telnet may have taken for it.  Without
-# BINARY the common telnets look for their keys in every byte without its eighth bit.  So inside
-# of a UTF-8 character a command is the byte that it was made of.
+# Commands that stand for a key, and the byte that telnet may have taken for that key.  Without
+# BINARY the common telnets look for keys in every byte without its eighth bit: the end of \u0443,
+# D1 83, becomes IP, because 03 is Ctrl-C.  So inside of a character a command is that byte.
 KEYS = {
     b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184)
     b"\xed": (b"", b"\x9a"),  # SUSP (RFC 1184): Ctrl-Z
@@ -477,7 +477,7 @@ KEYS = {
 UNFINISHED = re.compile(
     rb"(?: [\xc2-\xf4] | [\xe0-\xf4][\x80-\xbf] | [\xf0-\xf4][\x80-\xbf]{2} ) \Z", re.VERBOSE
 )
-# These telnets also swallow Ctrl-E, which is 0x85.  What stands before a swallowed one:
+# They send nothing at all for 85, which would be Ctrl-E.  What stands before a missing one:
 SWALLOWED = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
         | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or Thai letter
@@ -487,7 +487,7 @@ SWALLOWED = re.compile(
 
 
 def decode_line(line: bytes) -> str:
-    """A line of UTF-8, with swallowed bytes put back; U+FFFD stands for broken ones."""
+    """A line of UTF-8, with missing bytes put back; U+FFFD stands for broken ones."""
     try:
         return line.decode()
     except UnicodeDecodeError:
@@ -498,14 +498,13 @@ def decode_line(line: bytes) -> str:
 
 
 def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
-    """Take the telnet commands out of `data`; `before` are the last bytes of text before it.
+    """Take the telnet commands out of `data`, which follows `before`, the last bytes of text.
 
-    Returns the text, with the keys that commands stand for, an incomplete command at its end,
-    and the replies to the commands.
+    Returns the text, with keys for commands; an incomplete command at the end; and the replies.
     """
     if IAC not in data:
         return data, b"", b""
-    text, at, rest, answers = bytearray(before), 0, b"", []
+    text, at, rest, replies = bytearray(before), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[at : command.start()]
         at = command.end()
@@ -515,16 +514,16 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
         elif begun is not None:
             rest = IAC + begun
         elif verb in REFUSALS and option != BINARY:
-            answers.append(IAC + REFUSALS[verb] + option)
+            replies += IAC + REFUSALS[verb] + option
         elif simple in KEYS:
             key, byte = KEYS[simple]
             if UNFINISHED.search(text[-3:]):
                 text += byte
             elif simple == ARE_YOU_THERE:
-                answers.append(HERE)
+                replies += HERE
             else:
                 text += key
-    return bytes(text[len(before) :]) + data[at:], rest, b"".join(answers)
+    return bytes(text[len(before) :]) + data[at:], rest, bytes(replies)
 
 
 class Telnet(Protocol):
@@ -558,8 +557,8 @@ class Telnet(Protocol):
             if not self._asked:
                 self._asked = True
                 self.replies += ASK_FOR_BINARY
-            data, command, answers = split_commands(command + data, before)
-            self.replies += answers
+            data, command, replies = split_commands(command + data, before)
+            self.replies += replies
         self._fed = (before + data)[-3:], command
         if not data or self._key:
             return
@@ -609,9 +608,9 @@ class Telnet(Protocol):
 # 5. Limiter
 
 class TokenBucket:
-    """Holds BURST_SECONDS' worth of tokens, and gains `rate` tokens a second; 0 is no limit.
+    """Gains `rate` tokens a second (0: no limit), and holds those of BURST_SECONDS at most.
 
-    The last token may be spent on something that costs more, which is paid off later.
+    Anyone who has one may spend more of them, and then waits until the rest is paid off.
     """
     __slots__ = ("rate", "ready_at")
 
@@ -625,16 +624,13 @@ class TokenBucket:
 
 
 class Quota:
-    """Connections that are counted together, up to a limit.
-
-    Those departing (rejected, closing or lost) do not count; `spare` of them may always be there.
-    """
+    """Connections that are counted together, up to a limit."""
 
     def __init__(self, limit: int, spare: int) -> None:
         self.limit = limit  # 0 is no limit
-        self.spare = spare
+        self.spare = spare  # so many of those departing may stay, even when it is reached
         self.connections = 0
-        self.departing: dict[Person, None] = {}
+        self.departing: dict[Person, None] = {}  # rejected, closing or lost: they do not count
 
     @property
     def free(self) -> int:
@@ -666,7 +662,7 @@ LOCALHOST = "localhost"
 def address_group(host: str, ours: str = "") -> str:
     """What counts as one: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError.
 
-    In our own network, which our end of the connection tells, every IPv6 address is one.
+    In the network of `ours`, our end of the connection, every IPv6 address is one.
     """
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
@@ -737,7 +733,7 @@ class Limiter:
             self._postpone(person, tokens)
 
     def _postpone(self, person: Person, tokens: float) -> None:
-        """Let those who have used less of their share of an address's tokens go first."""
+        """Fair queueing: whoever has used less of their share of an address's tokens goes first."""
         share = person.address.bucket.rate / person.address.connections
         person.turn_at = max(person.turn_at, self.now) + tokens / share
 
@@ -1430,8 +1426,8 @@ class Reactor:
         for connection in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
                 return
-            may_speak = connection.protocol.interrupted or self._ready_at(connection) <= self.now
-            if connection in self.ready and may_speak:
+            ready = self._ready_at(connection) <= self.now or connection.protocol.interrupted
+            if ready and connection in self.ready:
                 self.ready[connection] = self.ready.pop(connection)  # behind the others
                 self._guard(self._process_input, connection)
 
