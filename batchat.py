@@ -748,10 +748,11 @@ class Limiter:
         """The name of the address that `text` is; "" if it is none."""
         host = text.partition("/")[0]
         try:
-            name = host if host in self.addresses else address_group(host)
+            group = address_group(host)
         except ValueError:
             return ""
-        return name if text in (host, name) else ""  # no other network than ours
+        name = host if host in self.addresses else group
+        return name if text in (host, name) else ""  # no other network than that of a group
 
     def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address; a longer ban stays as it is."""
@@ -784,8 +785,8 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 class Person:
     """Somebody who is connected, as the chat knows them."""
-    __slots__ = ("address", "bucket", "name", "operator", "origin", "outbox", "protocol",
-                 "rejected", "state", "timer_start", "tries", "turn_at")
+    __slots__ = ("address", "asked", "bucket", "name", "operator", "origin", "outbox", "protocol",
+                 "rejected", "state", "timer_start", "turn_at")
 
     address: Address  # set by Limiter.connect
 
@@ -798,7 +799,7 @@ class Person:
         self.timer_start = now  # when they connected, were lost, or began to close
         self.rejected = ""  # the code of the reason why they may not join
         self.name = ""
-        self.tries = 0  # names that were refused
+        self.asked = 0  # how often they were asked for a name
         self.operator = False
         self.turn_at = 0.0  # when they have used up their share of what their address may spend
 
@@ -844,10 +845,6 @@ class CommandError(Exception):
     def __init__(self, text: str, code: str = "refused") -> None:
         super().__init__(text)
         self.code = code
-
-
-def nobody(name: str) -> CommandError:
-    return CommandError(f"Nobody here is called {name}.")
 
 
 # Letters and marks that nobody can see, and that could hide one name in another.
@@ -964,6 +961,13 @@ class Chat:
         if not self._reject(person):
             fields = {"banner": BANNER, "text": self.settings.welcome, "room": self.room}
             self.send(person, "greeting", protocol=EVENTS_VERSION, **fields, max_line=LINE_LIMIT)
+            self._ask_for_name(person)
+
+    def _ask_for_name(self, person: Person) -> None:
+        if person.asked == NAME_TRIES:
+            self.disconnect(person, "no valid name", "tries")
+        else:
+            person.asked += 1
             self.send(person, "prompt", text=PROMPT)
 
     def _reject(self, person: Person) -> bool:
@@ -984,20 +988,10 @@ class Chat:
         return CLOSING_TEXT["banned"].format(text=more) if minutes else ""
 
     def _join(self, person: Person, text: str) -> None:
-        """Let a caller in by the name that they typed, or ask again."""
+        """Let a caller in by the name that they typed; raises CommandError."""
         if self._reject(person):
             return
-        try:
-            name = self._available_name(person, text)
-        except CommandError as error:
-            self.send(person, "error", code=error.code, text=str(error))
-            person.tries += 1
-            if person.tries < NAME_TRIES:
-                self.send(person, "prompt", text=PROMPT)
-            else:
-                self.disconnect(person, "no valid name", "tries")
-            return
-        person.name = name
+        person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
         self.publish("joined", person)  # while they do not read it themselves
         person.state = CHATTING
@@ -1050,7 +1044,7 @@ class Chat:
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
         """Do what a line or signal means in this state; see the table above."""
-        if message or not person.outbox.write_closed:  # a lost connection's blank lines are free
+        if message or not person.outbox.write_closed:  # a lost one's blank lines would delay others
             self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
@@ -1069,6 +1063,8 @@ class Chat:
                 self._join(person, message)
         except CommandError as error:
             self.send(person, "error", code=error.code, text=str(error))
+            if person.state is AWAITING_NAME:
+                self._ask_for_name(person)
 
     def _take_request(self, person: Person) -> None:
         """A browser has asked for something; a proxy may have told whose it is."""
@@ -1083,7 +1079,7 @@ class Chat:
         if isinstance(line, int):
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise CommandError(text, "too_long")
-        password = None if line[:1].isalnum() else PASSWORD_LINE.match(line)
+        password = PASSWORD_LINE.match(line)
         if password:
             self._run_command(person, f"/{password[1]}")
         elif line[:1] == "/":
@@ -1106,18 +1102,14 @@ class Chat:
         del self.people[key]
         self._former.append((self.limiter.now, key, person))
 
-    def _find(self, name: str) -> Person:
-        """The person with this name; raises CommandError."""
-        person = self.people.get(name_key(name))
-        if not person:
-            raise nobody(name)
-        return person
-
-    def _find_former(self, name: str) -> Person | None:
-        """Who has this name or else had it last, here or gone."""
+    def _find(self, name: str, former: bool = False) -> Person:
+        """Who has this name, or else had it last, here or gone; raises CommandError."""
         key, since = name_key(name), self.limiter.now - REMEMBERED_SECONDS
-        had = {former: person for until, former, person in self._former if until > since}
-        return self.people.get(key) or had.get(key)
+        had = {old: each for until, old, each in self._former if until > since} if former else {}
+        person = self.people.get(key) or had.get(key)
+        if not person:
+            raise CommandError(f"Nobody here is called {name}.")
+        return person
 
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
@@ -1213,9 +1205,9 @@ class Chat:
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
     def _kick(self, person: Person, name: str, why: str = "") -> None:
-        other = self._find_former(name)
-        if not other or other.state is not CHATTING:
-            raise nobody(name)
+        other = self._find(name, former=True)
+        if other.state is not CHATTING:
+            raise CommandError(f"{name} has left already.")
         self._remove(other, person, why)
 
     def _remove(self, other: Person, person: Person, why: str) -> None:
@@ -1227,10 +1219,9 @@ class Chat:
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, name: str, given: str = str(BAN_MINUTES)) -> None:
-        other = self._find_former(name)
-        address = other.address.name if other else self.limiter.parse(name)
-        if not address:
-            raise nobody(name)
+        address = self.limiter.parse(name)
+        other = None if address else self._find(name, former=True)
+        address = other.address.name if other else address
         minutes = int(given) if given.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
