@@ -1468,8 +1468,6 @@ class Reactor:
         pings = self.now >= self.ping_at
         if pings:
             self.ping_at = self.now + PING_SECONDS
-        for connection in list(self.ready):
-            self._guard(self._check_error, connection)
         for connection in list(self.connections):
             if pings and connection.protocol.opened and connection.protocol.PING:
                 self._guard(self._ping, connection)
@@ -1654,12 +1652,6 @@ class Reactor:
             except OSError as error:
                 self._lose(connection, error.strerror)
 
-    def _check_error(self, connection: Connection) -> None:
-        """Look for a reset, which the selector does not report while input waits."""
-        error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            self._lose(connection, os.strerror(error))
-
     def _lose(self, connection: Connection, why: str | None) -> None:
         """A connection is lost: send nothing more, so that no peer ever reads past a gap.
 
@@ -1707,12 +1699,12 @@ class Reactor:
     def _close(self, connection: Connection) -> None:
         for kept in (self.connections, self.ready, self.blocked):
             kept.pop(connection, None)
-        connection.outbox.close_writes()
         self.limiter.disconnect(connection)
         with contextlib.suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(connection.sock)
         with contextlib.suppress(OSError):  # there is nothing else to do
             connection.sock.close()
+        connection.outbox.close_writes()  # operators may still find this person
 
 
 # --------------------------------------------------------------------------
