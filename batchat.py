@@ -1309,8 +1309,7 @@ class Connection(Person):
 class Reactor:
     """The event loop.
 
-    No log may grow while a memoryview of it is alive.  `_reconcile` does what follows from a
-    connection's state.  `_guard` confines an error to one connection.
+    `_reconcile` does what follows from a connection's state; `_guard` confines an error to one.
     """
 
     def __init__(
@@ -1513,8 +1512,8 @@ class Reactor:
             if not address:  # on macOS: the caller is gone again
                 continue
             host, port = address[:2]
-            host = host[7:] if host.startswith("::ffff:") else host  # IPv4
-            origin, log = f"{host} port {port}", self.chat.logs[self.listeners[listener]]
+            origin = f"{re.sub('^::ffff:', '', host)} port {port}"  # IPv4 as such
+            log = self.chat.logs[self.listeners[listener]]
             connection = Connection(sock, origin, log, self.settings.rate, self.now)
             self.connections[connection] = None
             ours = ""
@@ -1653,10 +1652,7 @@ class Reactor:
                 self._lose(connection, error.strerror)
 
     def _lose(self, connection: Connection, why: str | None) -> None:
-        """A connection is lost: send nothing more, so that no peer ever reads past a gap.
-
-        What was sent before may still wait to be processed.  It is said for LOST_SECONDS.
-        """
+        """Send nothing more, so that no peer reads past a gap; what was read is still processed."""
         if not connection.outbox.write_closed:
             level = logging.INFO if connection.state is CHATTING else logging.DEBUG
             logger.log(level, "%s was lost: %s", connection.origin, why)
@@ -1864,18 +1860,18 @@ def start_logging(level: int) -> None:
 
 
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM or a closed terminal stop the server, the second time at once."""
+    """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once.
+
+    But SIGHUP may come twice, from the shell and from the system.
+    """
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
-    received = []  # but for SIGHUP, which may come twice, from the shell and from the system
 
     def on_signal(signum: int, frame: object) -> None:
         if signum in (signal.SIGINT, signal.SIGTERM):
-            received.append(signum)
-        if received[1:]:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_wakeup() -> None:
         ours.recv(16)
