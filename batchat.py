@@ -39,7 +39,7 @@ from base64 import b64encode
 from collections import defaultdict, deque
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union, cast
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union
 
 try:
     import resource
@@ -231,7 +231,7 @@ class Log:
 
     def __init__(self, protocol: type[Protocol]) -> None:
         self.protocol = protocol
-        self.readers: dict[Person, None] = {}  # the people in the room who use this format
+        self.readers: dict[Any, None] = {}  # the people in the room who use this format
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest = 0  # offset of the last event
@@ -718,8 +718,8 @@ class Limiter:
             self.addresses[name] = Address(name, limit, rate)
         return self.addresses[name]
 
-    def surplus(self, person: Person) -> Person | None:
-        """A connection that must go, because too many like this one are departing."""
+    def surplus(self, person: Person) -> Any:
+        """Who must go, because too many like this person are departing; None if nobody."""
         for quota in (self.everyone, person.address):
             if quota.limit and len(quota.departing) > max(quota.spare, quota.free):
                 return min(quota.departing, key=lambda each: each.is_unfinished)
@@ -920,7 +920,7 @@ class Chat:
         self.logs = {protocol: Log(protocol) for protocol in protocols}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
-        self.changed: dict[Person, None] = {}  # those who must be reconciled
+        self.changed: dict[Any, None] = {}  # the people who must be reconciled
         self.new_bytes = 0  # of events, in all formats, in this iteration
         self.at = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
@@ -1377,7 +1377,7 @@ class Reactor:
             self._broadcast(log)
         self.chat.new_bytes = 0
         changed, self.chat.changed = self.chat.changed, {}
-        for connection in cast("dict[Connection, None]", changed):
+        for connection in changed:
             self._guard(self._reconcile, connection)
         if self.now >= self.tick_at:
             self._tick()
@@ -1429,7 +1429,7 @@ class Reactor:
             return
         changed = self.chat.changed
         with memoryview(log.data)[offered - log.start :] as news:
-            for connection in cast("dict[Connection, None]", log.readers):
+            for connection in log.readers:
                 outbox = connection.outbox
                 # The usual case, so it calls no function of ours.
                 if outbox.cursor == offered and not outbox.splices:
@@ -1478,7 +1478,7 @@ class Reactor:
         if connection.outbox.has_pending or connection in self.ready:
             return
         if connection.unanswered >= PINGS_LIMIT:
-            self._lose(connection, os.strerror(errno.ETIMEDOUT))
+            self._lose(connection, "it answers no ping")
         else:
             connection.unanswered += 1
             self.chat.send_raw(connection, connection.protocol.PING)
@@ -1526,11 +1526,8 @@ class Reactor:
         sock, protocol = connection.sock, connection.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
-            try:
+            with contextlib.suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-            except OSError as error:
-                if error.errno != errno.ENOPROTOOPT:  # the kernel does not know it
-                    raise
         protocol.behind_proxy = self.settings.behind_proxy and connection.address.name == LOCALHOST
         if protocol.opened:
             self.chat.greet(connection)
@@ -1539,7 +1536,7 @@ class Reactor:
 
     def _evict(self, connection: Connection) -> None:
         """While too many like this one are departing, close the oldest."""
-        while surplus := cast("Connection | None", self.limiter.surplus(connection)):
+        while surplus := self.limiter.surplus(connection):
             if surplus.is_unfinished:
                 self._drop(surplus, "too many connections")
             else:
