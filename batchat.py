@@ -54,8 +54,8 @@ logger = logging.getLogger("batchat")
 # --------------------------------------------------------------------------
 # 1. Events
 
-# "type" first, then the fields in the order of the table in README.  On the WebSocket it is
-# sent as it is; on telnet as `text_of` renders it.
+# "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
+# that `text_of` makes of it.
 Event = Dict[str, Any]
 EVENTS_VERSION = 1  # a page that was made for another one reloads itself
 
@@ -145,7 +145,7 @@ def local_time(at: int) -> str:
 LINE_LIMIT = 4096  # bytes, without the line end
 HEAD_LIMIT = 8 << 10  # bytes of a request
 NAME_LIMIT = 24  # characters
-SPELLING_LIMIT = 4 * NAME_LIMIT  # characters as typed: NFC leaves at least a quarter
+SPELLING_LIMIT = 4 * NAME_LIMIT + 4  # characters that are normalized: NFC leaves a quarter or more
 NAME_TRIES = 5
 
 # Time, in seconds
@@ -858,9 +858,7 @@ HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 def name_key(name: str) -> str:
     """The same for every spelling of a name: BOB, \uff42\uff4f\uff42, bob (Unicode, D146)."""
-    if len(name) > SPELLING_LIMIT:
-        return name  # nobody has it, and normalizing takes quadratic time
-    key = unicodedata.normalize("NFD", name)
+    key = unicodedata.normalize("NFD", name[:SPELLING_LIMIT])  # it takes quadratic time
     for _ in range(2):
         key = unicodedata.normalize("NFKD", key.casefold())
     return key
@@ -868,9 +866,7 @@ def name_key(name: str) -> str:
 
 def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises CommandError if it is none."""
-    name = text.strip()
-    if len(name) <= SPELLING_LIMIT:
-        name = unicodedata.normalize("NFC", name)
+    name = unicodedata.normalize("NFC", text.strip()[:SPELLING_LIMIT])
     if not name:
         raise CommandError("A name has at least one character.", "bad_name")
     if len(name) > NAME_LIMIT:

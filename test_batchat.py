@@ -2835,10 +2835,10 @@ def test_endless_input_is_not_kept(start, end):
     assert protocol.next() == "next"
 
 
-def test_too_long_a_name_is_not_normalized(room):
+def test_long_name_is_not_normalized_as_a_whole(room):
     """That takes time by the square of its marks."""
     marks = "a" + "\u0344\u0316" * 1000
-    assert batchat.name_key(marks) is marks
+    assert len(batchat.name_key(marks)) < 400
     mike = room.join("mike")
     mike.types("/nick " + marks, "/ignore " + marks)
     mike.expect(f"* A name has at most 24 characters.\n* Nobody here is called {marks}.\n")
@@ -3189,7 +3189,7 @@ def test_web_request_is_no_name(world, line):
 
 @cases("number", signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def test_signal_tells_everyone_and_closes_well(number):
-    with Server(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as server:
+    with Server(preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as server:
         mike, caller = server.join("mike"), server.call()
         caller.expect(GREETING)
         server.process.send_signal(number)
@@ -3205,9 +3205,9 @@ def test_signal_tells_everyone_and_closes_well(number):
 
 def test_second_signal_ends_it_at_once(server):
     mike = server.join("mike")
-    server.process.send_signal(signal.SIGINT)
+    server.process.terminate()
     mike.expect(SHUTTING_DOWN)  # but mike does not hang up
-    server.process.send_signal(signal.SIGTERM)
+    server.process.terminate()
     assert server.ends()[0] == -signal.SIGTERM
 
 
