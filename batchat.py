@@ -1910,8 +1910,8 @@ def main(arguments: list[str] | None = None) -> int:
 # A request's head (RFC 9112, sections 2.2, 3 and 5).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 TOKEN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
-REQUEST_LINE = re.compile(TOKEN + r" (\S+) HTTP/1\.(\d)")
-FIELD = re.compile(TOKEN + r":([^\0-\x08\n-\x1f\x7f]*)")  # no control characters but HTAB
+FIELD = rf"\r?\n{TOKEN}:([^\0-\x08\n-\x1f\x7f]*)"  # no control characters but HTAB
+REQUEST_HEAD = re.compile(rf"{TOKEN} (\S+) HTTP/1\.(\d)((?:{FIELD})*)")
 Request = Tuple[str, str, str, Dict[str, str]]  # method, path, minor version of HTTP, fields
 UPGRADE_HEADERS = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
@@ -1930,22 +1930,15 @@ def digest(algorithm: str, text: str) -> str:
 
 def parse_request(head: bytes) -> Request:
     """The request in a head (RFC 9112, sections 2.1 and 5); raises ValueError."""
-    line, *lines = re.split(r"\r?\n", head.decode("latin-1"))
-    request = REQUEST_LINE.fullmatch(line)
+    request = REQUEST_HEAD.fullmatch(head.decode("latin-1"))
     if not request:
         raise ValueError
     fields: dict[str, str] = {}
-    for line in lines:
-        field = FIELD.fullmatch(line)
-        if not field:
-            raise ValueError
-        name, value = field[1].lower(), field[2].strip(" \t")
-        if name in fields:
-            if name in ("host", "content-length"):
-                raise ValueError
-            value = f"{fields[name]}, {value}"  # RFC 9110, section 5.3
-        fields[name] = value
-    if not fields.get("host") and request[3] != "0":
+    for name, value in re.findall(FIELD, request[4]):
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    host, length = fields.get("host", ""), fields.get("content-length", "")
+    if "," in host + length or not host and request[3] != "0":  # only other fields may be lists
         raise ValueError
     return request[1], urllib.parse.urlsplit(request[2]).path, request[3], fields
 
@@ -1971,10 +1964,8 @@ def upgrade(method: str, minor: str, fields: dict[str, str]) -> bytes:
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
-# Close codes (RFC 6455, section 7.4.1; 1013 is registered with IANA).
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED_DATA = 1000, 1001, 1002, 1003
-INVALID_DATA, TOO_BIG, TRY_AGAIN_LATER = 1007, 1009, 1013
-CLOSE_CODES = {"shutdown": GOING_AWAY, "full": TRY_AGAIN_LATER, "crowded": TRY_AGAIN_LATER}
+PROTOCOL_ERROR = 1002  # a close code (RFC 6455, section 7.4.1), as all such numbers below
+CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}  # going away; try again later
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -2048,19 +2039,18 @@ class Web(Protocol):
         except HTTPError as error:
             status, *headers = error.args
             self._state = NOTHING
-            text = f"{status.value} {status.phrase}\n"
-            self.replies += self._response(status, "plain", text, *headers)
+            self.replies += self._response(status, f"{status.value} {status.phrase}\n", *headers)
         except FrameError as error:
             self.replies += self._end(error.args[0])
-        except UnicodeDecodeError:  # in a frame
-            self.replies += self._end(INVALID_DATA)
+        except UnicodeDecodeError:  # a text frame that is not UTF-8
+            self.replies += self._end(1007)
         return DISCONNECT
 
     def close(self, code: str) -> bytes:
         if self._state is FRAMES:
-            return self._end(CLOSE_CODES.get(code, NORMAL))
+            return self._end(CLOSE_CODES.get(code, 1000))
         if code == "timeout" and self._data:  # browsers that send nothing are sent nothing
-            return self._response(HTTPStatus.REQUEST_TIMEOUT, "plain", "Request timed out.\n")
+            return self._response(HTTPStatus.REQUEST_TIMEOUT, "Request timed out.\n")
         return b""
 
     def _end(self, code: int) -> bytes:
@@ -2101,14 +2091,14 @@ class Web(Protocol):
             return CONNECTED
         self._state = NOTHING
         if path == "/hello":
-            self.replies += self._response(HTTPStatus.OK, "plain", HELLO)
+            self.replies += self._response(HTTPStatus.OK, HELLO)
         elif self.ban:
-            self.replies += self._response(HTTPStatus.FORBIDDEN, "plain", f"{self.ban}\n")
+            self.replies += self._response(HTTPStatus.FORBIDDEN, f"{self.ban}\n")
         else:
-            self.replies += self._response(HTTPStatus.OK, "html", PAGE)
+            self.replies += self._response(HTTPStatus.OK, PAGE, kind="html")
         return DISCONNECT
 
-    def _response(self, status: HTTPStatus, kind: str, body: str, *headers: str) -> bytes:
+    def _response(self, status: HTTPStatus, body: str, *headers: str, kind: str = "plain") -> bytes:
         """A response, after which the connection is closed (RFC 9110)."""
         data = body.encode()
         lines = [
@@ -2118,9 +2108,9 @@ class Web(Protocol):
             f"Content-Length: {len(data)}",
             *("Connection: close", "Cache-Control: no-cache", "X-Content-Type-Options: nosniff"),
             f"Content-Security-Policy: {content_security_policy()}",
-            *headers,
+            *(*headers, "", ""),
         ]
-        head = "\r\n".join([*lines, "", ""]).encode()
+        head = "\r\n".join(lines).encode()
         return head if self._data.startswith(b"HEAD ") else head + data
 
     def _parse_frame(self) -> bool:
@@ -2134,7 +2124,7 @@ class Web(Protocol):
         expected = TEXT_FRAME if self._message is None else CONTINUATION
         good = final and size < 126 if control else opcode == expected
         if not good or first & RESERVED or not data[1] & MASKED:
-            raise FrameError(UNSUPPORTED_DATA if opcode == BINARY_FRAME else PROTOCOL_ERROR)
+            raise FrameError(1003 if opcode == BINARY_FRAME else PROTOCOL_ERROR)
         if size >= 126:
             start, least = (8, 126) if size == 126 else (14, 1 << 16)
             if len(data) < start:
@@ -2143,7 +2133,7 @@ class Web(Protocol):
             if not least <= size < 1 << 63:
                 raise FrameError(PROTOCOL_ERROR)
         if not control and size + len(self._message or b"") > LINE_LIMIT:
-            raise FrameError(TOO_BIG)
+            raise FrameError(1009)  # too big
         end = start + size
         if len(data) < end:
             return False
@@ -2163,8 +2153,7 @@ class Web(Protocol):
     def _take_close(self, payload: bytes) -> None:
         """Answer a close frame; raises FrameError."""
         code = int.from_bytes(payload[:2], "big")
-        known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)  # registered with IANA
-        if payload and not (known or 3000 <= code <= 4999):
+        if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
             raise FrameError(PROTOCOL_ERROR)
         payload[2:].decode()  # the reason
         self.replies += frame(CLOSE, payload[:2])
