@@ -2171,7 +2171,7 @@ header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
 #lines div { contain-intrinsic-height: auto 145em; } #lines div:nth-last-child(n+3) { content-visibility: auto; }
 main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wrap: anywhere; }
-main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .day, .gap { padding: .4em 0; text-align: center; }
+main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .gap { padding: .4em 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
 pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height: 1.2; }
 .greeting, .welcome, .prompt, .said, .did { color: var(--ink); } .past, .pending, .unconfirmed { color: var(--soft); }
@@ -2193,13 +2193,12 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
 
-SCRIPT = r"""
-"use strict";
+SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, VERSION = {EVENTS_VERSION};' + r"""
 const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; of these kept; a line counts as SHORT
-const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "day", "gap"];
+const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "gap"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
-const templates = { ...TEMPLATES, greeting: "{text}", help: "{commands}", day: "{text}", gap: "{text}" };
-for (const type in templates) templates[type] = templates[type].split(/\{(\w+)\}/);  // words, field, words, ...
+Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
+for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // words, field, words, ...
 const find = selector => document.querySelector(selector);
 const [log, lines, waiting, more, form, input, status, who, list] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
@@ -2207,7 +2206,7 @@ let stored = {};  // over a reload
 try { stored = sessionStorage; } catch { /* refused */ }
 // calling: on the way into the room;  naming: the room waits for a name;  chatting;  left: the user has to call again
 let state, socket, name = stored.name || "";
-let closing, closingShown, pause = 1;  // why the server disconnects; the same, on the screen; seconds to wait
+let closing, pause = 1;  // why the server has disconnected us, while we try again; seconds until the next try
 let lostAt = 0, awaySince = 0;  // when a connection with our name was lost; when we were last in the room
 let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
 let room, seen, maxLine;  // the server's run, its highest event id so far; bytes
@@ -2222,7 +2221,7 @@ let parked = "", completing = {};  // typed before a name was asked for again; t
 // The connection
 function connect() {
   socket = new WebSocket(new URL("chat", location).href.replace("http", "ws"));
-  [state, closing] = ["calling", ""];
+  state = "calling";
   tell("");
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
   socket.onclose = disconnected;
@@ -2236,9 +2235,10 @@ function disconnected({ code }) {
     setTimeout(connect, pause * 1000);
     pause = Math.min(pause * 2, 30);
   } else {
-    [state, lostAt] = ["left", 0];
-    giveUp(); setName("");
     tell((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
+    [state, lostAt, closing] = ["left", 0, ""];
+    setName("");
+    giveUp();
   }
 }
 function receive(event) {
@@ -2247,33 +2247,29 @@ function receive(event) {
 }
 const handlers = {
   greeting(event) {
-    const protocol = String(event.protocol);
-    if (!["EVENTS_VERSION", stored.reloaded].includes(protocol) && stored instanceof Storage) {  // else it would do so again
-      [stored.reloaded, socket.onmessage] = [protocol, null];
-      return location.reload();
+    const query = `?${event.protocol}`;
+    if (event.protocol !== VERSION && location.search !== query) {  // this page is old: load the new one, once
+      socket.close();
+      return location.replace(query);
     }
-    if (!room && !name) {
-      lines.append(element("pre", { ariaHidden: "true" }, event.banner));
-      show(event);
-      state = "naming";
-    }
+    if (!room && !name) { show(event); state = "naming"; }
     [seen, room, maxLine] = [event.room === room ? seen : -1, event.room, event.max_line];
   },
   prompt(event) {
     if (state === "calling" && name) return socket.send(name);
     if (state !== "calling") show(event);
-    [state, pause] = ["naming", 1];
+    [state, pause, closing] = ["naming", 1, ""];
   },
   error(event) {
-    if (state === "calling" && event.code === "name_taken" && Date.now() < lostAt + 150_000) {
-      socket.onmessage = null;  // the lost connection still has it, most likely: try again
-      return socket.close();
+    if (state === "calling") {  // our lost connection may still have the name: try again
+      if (event.code === "name_taken" && Date.now() < lostAt + 150_000) return socket.close();
+      [state, parked, input.value] = ["naming", input.value, ""];
+      setName("");
     }
-    if (state === "calling") { [state, parked, input.value] = ["naming", input.value, ""]; setName(""); }
     show(event);
   },
   welcome(event) {
-    [state, pause, closingShown, arriving, asked] = ["chatting", 1, "", true, true];
+    [state, pause, closing, arriving, asked] = ["chatting", 1, "", true, true];
     setName(event.name);
     if (!awaySince) show(event);
     [input.value, parked] = [parked + input.value, ""];
@@ -2296,8 +2292,8 @@ const handlers = {
     if (asked) asked = false; else show({ ...event, count: event.people.length, names: event.people });
   },
   closing(event) {
-    if (event.code !== closingShown) show(event);  // not at every try
-    closing = closingShown = event.code;
+    if (event.code !== closing) show(event);  // not at every try
+    closing = event.code;
   },
 };
 function setName(value) {
@@ -2379,7 +2375,7 @@ function paint() {
   while (queue.length && left > 0) {
     const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
     if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
-    if (day !== lastDay) block.append(paragraph({ type: "day", text: lastDay = day }));
+    if (day !== lastDay) block.append(paragraph({ type: "gap", text: lastDay = day }));
     block.append(paragraph(event));
     [left, space, queued] = [left, space, queued].map(size => size - event.size);
     if (!following && !event.how && event.type !== "gap" && !isOwn(event)) below += 1;
@@ -2406,6 +2402,7 @@ function paragraph(event) {
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // as nodes; all others are text
   name: person, to: person, from: person, by: person,
+  banner: text => element("pre", { ariaHidden: "true" }, text),
   names: all => all.flatMap(({ name, operator, address }, at) =>
     [(at ? ", " : "") + (operator ? "@" : ""), element("bdi", {}, name), address ? ` (${address})` : ""]),
   commands: rows => element("span", { className: "rows" }, ...rows.flat().map(cell => element("span", {}, cell))),
@@ -2517,8 +2514,6 @@ log.onclick = event => { if (!getSelection().toString() && !event.target.closest
 onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
 setName(name); connect();
 """  # noqa: E501
-SCRIPT = SCRIPT.replace("TEMPLATES", json.dumps({key: text.strip() for key, text in TEXT.items()}))
-SCRIPT = SCRIPT.replace("EVENTS_VERSION", str(EVENTS_VERSION))
 
 PAGE = f"""<!DOCTYPE html>
 <html lang="en">
