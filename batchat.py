@@ -2205,7 +2205,7 @@ const [log, lines, waiting, more, form, input, status, who, list] =
 let stored = {};  // over a reload
 try { stored = sessionStorage; } catch { /* refused */ }
 // calling: on the way into the room;  naming: the room waits for a name;  chatting;  left: the user has to call again
-let state, socket, name = stored.name || "";
+let state, socket, name, mention;  // mention: matches our name in a text
 let closing, pause = 1;  // why the server has disconnected us, while we try again; seconds until the next try
 let lostAt = 0, awaySince = 0;  // when a connection with our name was lost; when we were last in the room
 let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
@@ -2298,20 +2298,22 @@ const handlers = {
 };
 function setName(value) {
   name = stored.name = value;
+  const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
+  mention = new RegExp(`(?<!${letter}|[.-])${literally}(?![.-]*${letter})`, "iu");
   input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
 function tell(text) { status.textContent = text; }
-function resume(events) {  // after a welcome: show the history, or what of it we missed; null where there is none
-  const missed = (events || []).filter(event => event.id > seen), how = awaySince ? "" : "past";
+function resume(events) {  // after a welcome: show what we have not seen of the history, null where there is none
+  let missed = (events || []).filter(event => event.id > seen);
   if (awaySince) {
     const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
-    show({ type: "gap", text: `You were away for ${long}.${events ? "" : " Messages of that time are not shown."}` });
+    show({ type: "gap", text: `You were away for ${long}.${events ? "" : " Messages of that time are not shown."}` }, "past");
   } else if (missed.length) {
-    show({ type: "history", since: dateOf(missed[0]).toLocaleString("sv").slice(0, 16) }, how);
+    const since = dateOf(missed[0]).toLocaleString("sv").slice(0, 16);
+    missed = [{ type: "history", since }, ...missed, { type: "history_end" }];
   }
-  for (const event of missed) { confirm(event, true); show(event, how); }
-  if (how && missed.length) show({ type: "history_end" }, how);
+  for (const event of missed) { confirm(event); show(event, awaySince ? "" : "past"); }
   [arriving, awaySince] = [false, 0];
   giveUp();
 }
@@ -2323,10 +2325,11 @@ function pendingOf(line) {  // the event that it will be; none of other commands
   if (!line.startsWith("//") && (/^\s*\//.test(line) || PASSWORD.test(line))) return [];
   return [{ type: "said", at, name, text: line.replace(/^\/\//, "/") }];
 }
-function confirm(event, past) {  // the first with that text; of the room, the oldest where none has it
+function confirm(event) {  // drop the pending line that has come back, or the oldest: the room may change a text
+  if (!isOwn(event)) return;
   const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
-  if (!isOwn(event) || past && at < 0) return;
-  if (past) pending.splice(at, 1); else pending.splice(0, Math.max(at, 0) + 1);  // those before it are lost
+  if (!arriving) pending.splice(0, Math.max(at, 0) + 1);  // those before it were not said
+  else if (at >= 0) pending.splice(at, 1);  // a line of the history may be older than all that are pending
 }
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
@@ -2348,16 +2351,14 @@ function closeList() { who.open = false; input.focus(); }
 const isOwn = event => (event.name || event.from) === name;
 const dateOf = event => new Date(event.at ? event.at * 1000 : Date.now());
 function isCalled(event) {
-  const letters = "\\p{L}\\p{M}\\p{Nd}_", literally = name.replaceAll(".", "\\.");
-  const pattern = `(?<![${letters}.-])${literally}(?![.-]*[${letters}])`;
-  return name && ["said", "did"].includes(event.type) && !isOwn(event) && new RegExp(pattern, "iu").test(event.text);
+  return name && ["said", "did"].includes(event.type) && !isOwn(event) && mention.test(event.text);
 }
 function show(event, how = "") {  // soon, together with those that come until then
   if (!templates[event.type]) return;  // of a later server
   if (event.id > seen) seen = event.id;
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
-    [unread, called] = [unread + 1, called || event.type === "whisper" || isCalled(event)];
-    count();
+    unread += 1;
+    called ||= event.type === "whisper" || isCalled(event);
   }
   const size = Math.max(SHORT, (event.text || "").length);
   queue.push({ ...event, how, size });
@@ -2369,35 +2370,34 @@ function soon(what, ms) {  // once for all calls within so long
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, ms); };
 }
 const paintSoon = soon(() => paint(), 40), listSoon = soon(listPeople, 100);
-function paint() {
-  let left = BLOCK, pendingLeft = BLOCK;
-  scrolled();  // the event of it may still be to come
-  while (queue.length && left > 0) {
+function paint() {  // at most one block, so that the page stays quick
+  scrolled();  // the browser may not have told us yet
+  if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
+  while (queue.length && space > 0) {
     const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
-    if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
     if (day !== lastDay) block.append(paragraph({ type: "gap", text: lastDay = day }));
     block.append(paragraph(event));
-    [left, space, queued] = [left, space, queued].map(size => size - event.size);
-    if (!following && !event.how && event.type !== "gap" && !isOwn(event)) below += 1;
+    space -= event.size;
+    queued -= event.size;
+    if (!following && !event.how && !isOwn(event)) below += 1;
   }
-  while (lines.childElementCount > BLOCKS) lines.firstChild.remove();
-  const shown = pending.slice(0, 20).filter(own => (pendingLeft -= own.text.length) > 0);
-  waiting.replaceChildren(...shown.map(own => paragraph({ ...own, how: "pending" })));
+  if (lines.childElementCount > BLOCKS) lines.firstChild.remove();
+  waiting.replaceChildren(...pending.slice(0, 20).map(own => paragraph({ ...own, how: "pending" })));
   if (queue.length) paintSoon();
   if (following) toEnd();
   count();
 }
 function paragraph(event) {
-  const { type, how } = event, own = TALK.includes(type) && isOwn(event), date = dateOf(event);
-  const classes = [type, how, own && "own", isCalled(event) && "mention"].filter(Boolean);
-  const time = element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5));
+  const { type, how } = event, date = dateOf(event), own = TALK.includes(type) && isOwn(event);
+  const className = [type, how, own && "own", isCalled(event) && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, at, all) => {  // an empty field takes its colon along
     if (at % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
   });
-  if (!UNDATED.includes(type)) parts.unshift(time);
   if (how === "unconfirmed") parts.push(" (not confirmed)");
-  return element("p", { className: classes.join(" ") }, ...parts);
+  if (UNDATED.includes(type)) return element("p", { className }, ...parts);
+  const time = element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5));
+  return element("p", { className }, time, ...parts);
 }
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // as nodes; all others are text
@@ -2512,7 +2512,8 @@ onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
 who.ontoggle = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
-setName(name); connect();
+setName(stored.name || "");
+connect();
 """  # noqa: E501
 
 PAGE = f"""<!DOCTYPE html>
