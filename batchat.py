@@ -1917,10 +1917,6 @@ UPGRADE_HEADERS = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-V
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
-class HTTPError(Exception):
-    """A request is refused; the arguments are the status, and headers that say what is right."""
-
-
 def digest(algorithm: str, text: str) -> str:
     """A hash of `text`, in base64."""
     import hashlib  # here, because it takes 4 MB that telnet does not need
@@ -1943,34 +1939,12 @@ def parse_request(head: bytes) -> Request:
     return request[1], urllib.parse.urlsplit(request[2]).path, request[3], fields
 
 
-def upgrade(method: str, minor: str, fields: dict[str, str]) -> bytes:
-    """The response that opens a WebSocket (RFC 6455, section 4.2); raises HTTPError."""
-    for header in UPGRADE_HEADERS:
-        name, wanted = header.lower().split(": ")
-        if wanted not in [each.strip() for each in fields.get(name, "").lower().split(",")]:
-            raise HTTPError(HTTPStatus.UPGRADE_REQUIRED, *UPGRADE_HEADERS)
-    key = fields.get("sec-websocket-key", "")  # 16 bytes in base64
-    if method != "GET" or minor == "0" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
-        raise HTTPError(HTTPStatus.BAD_REQUEST)
-    # Another site's page may try to open a WebSocket here, but it can't lie about its origin.
-    ours = [f"{scheme}://{fields['host'].lower()}" for scheme in ("http", "https")]
-    if fields.get("origin", ours[0]).lower() not in ours:
-        raise HTTPError(HTTPStatus.FORBIDDEN)
-    accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
-    lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
-    return "\r\n".join(lines).encode()
-
-
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
-PROTOCOL_ERROR = 1002  # a close code (RFC 6455, section 7.4.1), as all such numbers below
-CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}  # going away; try again later
+# Close codes (RFC 6455, section 7.4.1): going away, and try again later.
+CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-class FrameError(Exception):
-    """The peer broke the rules of RFC 6455; the argument is the close code."""
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -1990,7 +1964,7 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
-# What a browser's bytes are: a request's head; a head that is answered next; frames; nothing.
+# What comes next: to read a request's head, to answer it, to read frames, to read nothing.
 HEAD, REQUEST, FRAMES, NOTHING = range(4)
 
 
@@ -2036,34 +2010,24 @@ class Web(Protocol):
                 if not self._parse_frame():
                     return DISCONNECT if self.ended else None
             return clean(self._lines.pop())
-        except HTTPError as error:
-            status, *headers = error.args
-            self._state = NOTHING
-            self.replies += self._response(status, f"{status.value} {status.phrase}\n", *headers)
-        except FrameError as error:
-            self.replies += self._end(error.args[0])
-        except UnicodeDecodeError:  # a text frame that is not UTF-8
-            self.replies += self._end(1007)
-        return DISCONNECT
+        except UnicodeDecodeError:  # in a frame
+            self._end(1007)
+            return DISCONNECT
 
     def close(self, code: str) -> bytes:
         if self._state is FRAMES:
-            return self._end(CLOSE_CODES.get(code, 1000))
-        if code == "timeout" and self._data:  # browsers that send nothing are sent nothing
-            return self._response(HTTPStatus.REQUEST_TIMEOUT, "Request timed out.\n")
-        return b""
-
-    def _end(self, code: int) -> bytes:
-        """Parse nothing more; returns the close frame."""
-        self._state = NOTHING
-        return frame(CLOSE, struct.pack("!H", code))
+            self._end(CLOSE_CODES.get(code, 1000))
+        elif code == "timeout" and self._data:  # browsers that send nothing are sent nothing
+            self._respond(HTTPStatus.REQUEST_TIMEOUT, body="Request timed out.\n")
+        replies, self.replies = self.replies, b""
+        return replies
 
     def _parse_head(self) -> Message | None:
-        """Parse the head of the request, if it is complete; raises HTTPError."""
+        """Parse the head of the request, if it is complete."""
         self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
         head, *rest = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
-            raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            return self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         if not rest:
             return DISCONNECT if self.ended else None
         try:
@@ -2073,34 +2037,47 @@ class Web(Protocol):
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
                 self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))
         except ValueError:
-            raise HTTPError(HTTPStatus.BAD_REQUEST) from None
+            return self._respond(HTTPStatus.BAD_REQUEST)
         self._state = REQUEST
         return REQUESTED
 
     def _answer(self) -> Message:
-        """Answer the request; raises HTTPError."""
         method, path, minor, fields = self._request
         if path not in ("/", "/hello", "/chat"):
-            raise HTTPError(HTTPStatus.NOT_FOUND)
+            return self._respond(HTTPStatus.NOT_FOUND)
         if method not in ("GET", "HEAD"):
-            raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
+            return self._respond(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
         if path == "/chat":
-            self.replies += upgrade(method, minor, fields)
-            self._data = HEAD_END.split(self._data, 1)[1]
-            self._state = FRAMES
-            return CONNECTED
-        self._state = NOTHING
+            return self._upgrade(method, minor, fields)
         if path == "/hello":
-            self.replies += self._response(HTTPStatus.OK, HELLO)
-        elif self.ban:
-            self.replies += self._response(HTTPStatus.FORBIDDEN, f"{self.ban}\n")
-        else:
-            self.replies += self._response(HTTPStatus.OK, PAGE, kind="html")
-        return DISCONNECT
+            return self._respond(HTTPStatus.OK, body=HELLO)
+        if self.ban:
+            return self._respond(HTTPStatus.FORBIDDEN, body=f"{self.ban}\n")
+        return self._respond(HTTPStatus.OK, body=PAGE, kind="html")
 
-    def _response(self, status: HTTPStatus, body: str, *headers: str, kind: str = "plain") -> bytes:
-        """A response, after which the connection is closed (RFC 9110)."""
-        data = body.encode()
+    def _upgrade(self, method: str, minor: str, fields: dict[str, str]) -> Message:
+        """Open a WebSocket (RFC 6455, section 4.2)."""
+        for header in UPGRADE_HEADERS:
+            name, wanted = header.lower().split(": ")
+            if wanted not in [each.strip() for each in fields.get(name, "").lower().split(",")]:
+                return self._respond(HTTPStatus.UPGRADE_REQUIRED, *UPGRADE_HEADERS)
+        key = fields.get("sec-websocket-key", "")  # 16 bytes in base64
+        if method != "GET" or minor == "0" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
+            return self._respond(HTTPStatus.BAD_REQUEST)
+        # Another site's page may try to open a WebSocket here, but it can't lie about its origin.
+        ours = [f"{scheme}://{fields['host'].lower()}" for scheme in ("http", "https")]
+        if fields.get("origin", ours[0]).lower() not in ours:
+            return self._respond(HTTPStatus.FORBIDDEN)
+        accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
+        lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
+        self.replies += "\r\n".join(lines).encode()
+        self._data = HEAD_END.split(self._data, 1)[1]
+        self._state = FRAMES
+        return CONNECTED
+
+    def _respond(self, status: HTTPStatus, *more: str, body: str = "", kind: str = "plain") -> int:
+        """Send a response with `more` headers, and read nothing more (RFC 9110)."""
+        data = (body or f"{status.value} {status.phrase}\n").encode()
         lines = [
             f"HTTP/1.1 {status.value} {status.phrase}",
             f"Date: {formatdate(usegmt=True)}",
@@ -2108,13 +2085,14 @@ class Web(Protocol):
             f"Content-Length: {len(data)}",
             *("Connection: close", "Cache-Control: no-cache", "X-Content-Type-Options: nosniff"),
             f"Content-Security-Policy: {content_security_policy()}",
-            *(*headers, "", ""),
+            *(*more, "", ""),
         ]
-        head = "\r\n".join(lines).encode()
-        return head if self._data.startswith(b"HEAD ") else head + data
+        self.replies += "\r\n".join(lines).encode() + data * (not self._data.startswith(b"HEAD "))
+        self._state = NOTHING
+        return DISCONNECT
 
     def _parse_frame(self) -> bool:
-        """Parse the next frame; False if it is not complete; raises FrameError."""
+        """Parse the next frame (RFC 6455, section 5.2); False if it is not complete."""
         data = self._data
         if len(data) < 2:
             return False
@@ -2124,16 +2102,16 @@ class Web(Protocol):
         expected = TEXT_FRAME if self._message is None else CONTINUATION
         good = final and size < 126 if control else opcode == expected
         if not good or first & RESERVED or not data[1] & MASKED:
-            raise FrameError(1003 if opcode == BINARY_FRAME else PROTOCOL_ERROR)
+            return self._end(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
             start, least = (8, 126) if size == 126 else (14, 1 << 16)
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
             if not least <= size < 1 << 63:
-                raise FrameError(PROTOCOL_ERROR)
+                return self._end(1002)
         if not control and size + len(self._message or b"") > LINE_LIMIT:
-            raise FrameError(1009)  # too big
+            return self._end(1009)  # too big
         end = start + size
         if len(data) < end:
             return False
@@ -2142,7 +2120,10 @@ class Web(Protocol):
         if opcode == PING:
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
-            self._take_close(payload)
+            code = int.from_bytes(payload[:2], "big")
+            known = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+            payload[2:].decode()  # the reason
+            self._end(code if known or not payload else 1002)
         elif opcode != PONG:
             message = (self._message or b"") + payload
             self._message = None if final else message
@@ -2150,14 +2131,11 @@ class Web(Protocol):
                 self._lines = [line.decode() for line in message.splitlines()[::-1] or [b""]]
         return True
 
-    def _take_close(self, payload: bytes) -> None:
-        """Answer a close frame; raises FrameError."""
-        code = int.from_bytes(payload[:2], "big")
-        if payload and not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-            raise FrameError(PROTOCOL_ERROR)
-        payload[2:].decode()  # the reason
-        self.replies += frame(CLOSE, payload[:2])
+    def _end(self, code: int) -> bool:
+        """Send a close frame, and read nothing more (RFC 6455, section 7.4.1); code 0 is none."""
+        self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._state = NOTHING
+        return True
 
 
 STYLE = """

@@ -191,6 +191,7 @@ class Guest(batchat.Person):
         self.chat = chat
         if protocol is Web:
             messages_of(self.protocol, OPENING)
+            self.protocol.replies = b""
         chat.limiter.connect(self, host)
         chat.greet(self)
 
