@@ -1063,7 +1063,7 @@ class Chat:
                 self._ask_for_name(person)
 
     def _take_request(self, person: Person) -> None:
-        """A browser has asked for something; a proxy may have told whose it is."""
+        """Note whose request it is, which a proxy may have told, and whether they are banned."""
         caller = person.protocol.caller
         if caller:
             person.origin = f"{caller} through {person.origin}"
@@ -1333,7 +1333,7 @@ class Reactor:
         self.ends_at = NEVER  # when the server stops, whoever is still connected
 
     def run(self) -> bool:
-        """Serve until `stop` was called; returns False if it was an error that stopped it."""
+        """Serve until stopped; returns False if it was an error that stopped the server."""
         well = True
         while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
             try:
@@ -1470,7 +1470,7 @@ class Reactor:
                 self._guard(self._on_deadline, connection)
 
     def _ping(self, connection: Connection) -> None:
-        """Ping a peer; it is lost if it answered none of the last, and nothing held them up."""
+        """Ping a peer; it is lost if it has answered none of the last pings."""
         if connection.outbox.has_pending or connection in self.ready:
             return
         if connection.unanswered >= PINGS_LIMIT:
@@ -1531,7 +1531,7 @@ class Reactor:
         self._evict(connection)
 
     def _evict(self, connection: Connection) -> None:
-        """While too many like this one are departing, close the oldest."""
+        """Close the oldest of those departing, while there are too many like this one."""
         while surplus := self.limiter.surplus(connection):
             if surplus.is_unfinished:
                 self._drop(surplus, "too many connections")
@@ -1554,7 +1554,7 @@ class Reactor:
         self._drop(connection, why)  # only here, where no traceback keeps a view of the log
 
     def _ready_at(self, connection: Connection) -> float:
-        """When this person's input may be processed; NEVER: not until something changes."""
+        """When this person's input may be processed; NEVER if something must change first."""
         if connection.state is CLOSING:
             return self.now  # it is discarded
         chat, private_bytes = self.chat, connection.outbox.private_bytes
@@ -1577,13 +1577,10 @@ class Reactor:
         connection.read_buffer += data
         connection.protocol.scan(data)
         connection.ended = not data
-        self.ready.setdefault(connection)
+        self.ready[connection] = None
 
     def _process_input(self, connection: Connection) -> None:
-        """Feed the protocol what one token buys (at rate 0, one read), and handle its lines.
-
-        They stay in the ready queue until all that was read is processed.
-        """
+        """Feed the protocol what one token buys (at rate 0, one read), and handle its messages."""
         protocol = connection.protocol
         budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
         self.chat.changed[connection] = None
@@ -1770,7 +1767,7 @@ def open_listener(host: str | None, *ports: int) -> socket.socket:
             return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or "that is no address"
-    why = why.partition(" (while")[0]  # create_server() says where once more
+    why = why.partition(" (while")[0]  # create_server() repeats where
     sys.exit(f"batchat: can't listen on {host or 'any address'}, port {port}: {why}")
 
 
@@ -1785,7 +1782,7 @@ def open_listeners(options: argparse.Namespace) -> dict[socket.socket, type[Prot
 
 
 def announce(host: str | None, ports: list[int]) -> None:
-    """Say where the server listens, and how to join: on standard output, or else in the log."""
+    """Say how to join: on standard output, or else in the log."""
     kinds = "IPv4 and IPv6" if socket.has_dualstack_ipv6() else "IPv4"
     name = host or "localhost"
     site = f"[{name}]" if ":" in name else name
@@ -1802,7 +1799,7 @@ def announce(host: str | None, ports: list[int]) -> None:
 
 
 def write_at_once(descriptor: int, data: bytes) -> int:
-    """Write what can be written without waiting for a reader; returns how many bytes it was."""
+    """Write without waiting for a reader; returns how many bytes were written."""
     # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
     blocking = os.name != "nt" and os.get_blocking(descriptor)
     try:
@@ -2038,7 +2035,7 @@ class Web(Protocol):
                 self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))
         except ValueError:
             return self._respond(HTTPStatus.BAD_REQUEST)
-        self._state = REQUEST
+        self._state, self._data = REQUEST, rest[0]
         return REQUESTED
 
     def _answer(self) -> Message:
@@ -2071,7 +2068,6 @@ class Web(Protocol):
         accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
         lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
         self.replies += "\r\n".join(lines).encode()
-        self._data = HEAD_END.split(self._data, 1)[1]
         self._state = FRAMES
         return CONNECTED
 
@@ -2087,7 +2083,7 @@ class Web(Protocol):
             f"Content-Security-Policy: {content_security_policy()}",
             *(*more, "", ""),
         ]
-        self.replies += "\r\n".join(lines).encode() + data * (not self._data.startswith(b"HEAD "))
+        self.replies += "\r\n".join(lines).encode() + data * (self._request[0] != "HEAD")
         self._state = NOTHING
         return DISCONNECT
 
