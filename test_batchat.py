@@ -3074,6 +3074,8 @@ def test_opening_lines_go_to_the_log_if_need_be(output, has_reader):
     else:
         theirs.close()
     process = subprocess.Popen(command, stdout=ours, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(TIMEOUT, process.kill)
+    watchdog.start()
     with ours, theirs, process:
         line = next(line for line in process.stderr if "listens on" in line)
         port = int(re.search(r"port (\d+)", line)[1])
@@ -3082,6 +3084,7 @@ def test_opening_lines_go_to_the_log_if_need_be(output, has_reader):
         process.terminate()
         process.stderr.read()
         assert process.wait(TIMEOUT) == 0
+        watchdog.cancel()
 
 
 HOSTILE_FIELDS = [
