@@ -11,7 +11,7 @@ reader is sent everything new in one system call.  One thread runs the event loo
 process input, send, reconcile.
 
 Parts: 1. Events  2. Limits  3. Log and Outbox  4. Telnet  5. Limiter  6. Chat  7. Reactor
-8. main  9. The web.  Only 7 and 8 use sockets.  Without browsers in mind, stop after 8.
+8. main  9. The web.  Only 7 and 8 use sockets.  If you don't need browsers, stop after 8.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ TEXT = {
     "whisper": "[{from} -> {to}] {text}\n",
     "people": "* {count} here: {names}\n",
     "help": "* {usage}{text}\n",  # for each command
-    "history": "* Recent messages, since {since}:\n",  # what was said follows, and
+    "history": "* Recent messages, since {since}:\n",
     "history_end": "* End of recent messages.\n",
     "notice": "* {text}\n",
     "error": "* {text}\n",
@@ -106,7 +106,7 @@ HELLO = "Hello, World!"
 
 
 def text_of(event: Event) -> str:
-    """An event as telnet shows it; each line ends with a newline."""
+    """An event as telnet shows it, with newlines as line ends."""
     kind, template = event["type"], TEXT[event["type"]]
     if kind == "people":
         names = ["@" * each["operator"] + each["name"] for each in event["people"]]
@@ -115,8 +115,7 @@ def text_of(event: Event) -> str:
         return template.format(count=len(names), names=", ".join(names))
     if kind == "help":
         width = max(len(usage) for usage, _ in event["commands"]) + 3
-        rows = [(usage.ljust(width), text) for usage, text in event["commands"]]
-        return "".join(template.format(usage=usage, text=text) for usage, text in rows)
+        return "".join(template.format(usage=u.ljust(width), text=t) for u, t in event["commands"])
     if kind == "history":
         if not event["events"]:
             return ""
@@ -127,14 +126,14 @@ def text_of(event: Event) -> str:
 
 
 def fill(template: str, fields: Event) -> str:
-    """A template with its fields; without a text, no colon."""
+    """A template with its fields; an empty text drops its colon."""
     if fields.get("text") == "":
         template = template.replace(": {text}", "")
     return template.format_map(fields)
 
 
 def local_time(at: int) -> str:
-    """Seconds since the epoch, in the server's time zone; hours and minutes come last."""
+    """Seconds since the epoch as a date, hours and minutes, in the server's time zone."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
@@ -145,13 +144,13 @@ def local_time(at: int) -> str:
 LINE_LIMIT = 4096  # bytes, without the line end
 HEAD_LIMIT = 8 << 10  # bytes of a request
 NAME_LIMIT = 24  # characters
-SPELLING_LIMIT = 4 * NAME_LIMIT + 4  # characters that are normalized: NFC leaves a quarter or more
+NORMALIZE_LIMIT = 4 * NAME_LIMIT + 4  # characters: NFC shortens a text to a quarter at worst
 NAME_TRIES = 5
 
 # Time, in seconds
 NAME_SECONDS = 120.0  # from connecting to a valid name
 HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
-CLOSING_SECONDS = 5.0  # for a peer to take what is pending and to close
+CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
 REJECTED_SECONDS = 1.0  # the same, for a caller who was refused
 SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
 LOST_SECONDS = 120.0  # for saying what somebody had sent before a reset
@@ -346,7 +345,7 @@ class Outbox:
             if sent < at - self.cursor:
                 break  # within a piece of the log
             sent -= at - self.cursor
-            self.cursor = at + exclude  # for this person these bytes need not be kept
+            self.cursor = at + exclude  # excluded bytes count as sent
             taken = min(sent, len(private))
             self.private_bytes -= taken
             sent -= taken
@@ -361,9 +360,11 @@ class Outbox:
 # --------------------------------------------------------------------------
 # 4. Telnet
 
-# What a protocol reports besides lines: a person to greet; a line over LINE_LIMIT, dropped;
-# Ctrl-C, the end of the stream or a protocol error; a browser's request, to be answered next.
-CONNECTED, TOO_LONG, DISCONNECT, REQUESTED = range(1, 5)
+# What a protocol reports besides lines
+CONNECTED = 1  # a WebSocket is open: greet the person
+TOO_LONG = 2  # a line over LINE_LIMIT, which was dropped
+DISCONNECT = 3  # Ctrl-C, the end of the stream, or a protocol error
+REQUESTED = 4  # a browser's request, which is answered next
 Message = Union[str, int]
 
 
@@ -409,28 +410,25 @@ class Protocol:
         return b""
 
 
-# Escape sequences, complete or not (ECMA-48, section 5.4; xterm's SS3 and OSC).
+# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC).
 ESCAPE = re.compile(
-    r"""(?: \x1b\[ | \x9b ) [0-?]* [ -/]* [@-~]  # CSI, parameters, final byte
+    r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -/]* [@-~]  # CSI, parameters, final byte
       | \x1bO [@-~]  # SS3 and its letter
       | \x1b\] [^\x07\x1b]* (?: \x07 | \x1b\\ | \Z )  # OSC up to its end
       | \x1b [^\x1b]?  # any other character after ESC""",
     re.VERBOSE | re.DOTALL,
 )
-# Control characters, line separators, and what turns the direction of text around (Unicode
-# UAX #9, 2.1 to 2.5).  BS, DEL and Ctrl-U are not here: `clean` carries them out.
+# Control characters, line separators, and bidirectional controls (Unicode UAX #9, 2.1 to 2.5).
+# BS, DEL and Ctrl-U are not here: `clean` carries them out.
 FORBIDDEN = re.compile("[\0-\x07\x0a-\x14\x16-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-ERASE = re.compile("[\b\x7f\x15]")
 
 
 def clean(text: str) -> str:
-    """`text` as it may stand on a screen, with its erasures carried out."""
+    """`text` made safe to display, with its erasures carried out."""
     if text.isprintable():  # nearly always, and never with a forbidden character
         return text
     # A TAB becomes a space, because terminals do not wrap at a TAB.
     text = FORBIDDEN.sub("", ESCAPE.sub("", text).replace("\t", " "))
-    if not ERASE.search(text):
-        return text
     kept: list[str] = []
     for character in text:
         if character == "\x15":
@@ -457,11 +455,12 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # RFC 860
 
+LINE_END = re.compile(b"\r[\n\0]")  # CR alone is another one (RFC 854, pages 11 and 12)
 ARE_YOU_THERE, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Commands that stand for a key, and the byte that telnet may have taken for that key.  Without
-# BINARY the common telnets look for keys in every byte without its eighth bit: the end of \u0443,
-# D1 83, becomes IP, because 03 is Ctrl-C.  So inside of a character a command is that byte.
+# BINARY the common telnets clear the top bit before they look for keys: in \u0443 (D1 83) they see
+# 03, Ctrl-C, and send IP.  So inside of a character a command is replaced by that byte.
 KEYS = {
     b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184)
     b"\xed": (b"", b"\x9a"),  # SUSP (RFC 1184): Ctrl-Z
@@ -553,12 +552,12 @@ class Telnet(Protocol):
             self.ended = True
             return
         before, command = self._fed
-        if command or IAC in data:
-            if not self._asked:
-                self._asked = True
-                self.replies += ASK_FOR_BINARY
-            data, command, replies = split_commands(command + data, before)
-            self.replies += replies
+        is_telnet = IAC in data or LINE_END.search(data) and not (self._text + data).isascii()
+        if is_telnet and not self._asked:
+            self._asked = True
+            self.replies += ASK_FOR_BINARY
+        data, command, replies = split_commands(command + data, before)
+        self.replies += replies
         self._fed = (before + data)[-3:], command
         if not data or self._key:
             return
@@ -570,12 +569,7 @@ class Telnet(Protocol):
         self._after_cr = data.endswith(b"\r")
         if self._asked and data.count(b"\n") > data.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
-        # A line ends with CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12).
-        plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
-        self._text += plain.replace(b"\r", b"\n")
-        if not self._asked and len(plain) < len(data) and not self._text.isascii():
-            self._asked = True
-            self.replies += ASK_FOR_BINARY
+        self._text += LINE_END.sub(b"\n", data).replace(b"\r", b"\n")
 
     def scan(self, data: bytes) -> None:
         before, command = self._scanned
@@ -628,7 +622,7 @@ class Quota:
 
     def __init__(self, limit: int, spare: int) -> None:
         self.limit = limit  # 0 is no limit
-        self.spare = spare  # so many of those departing may stay, even when it is reached
+        self.spare = spare  # connections departing that may stay beside them
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: they do not count
 
@@ -660,7 +654,7 @@ LOCALHOST = "localhost"
 
 
 def address_group(host: str, ours: str = "") -> str:
-    """What counts as one: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError.
+    """What we count by: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError.
 
     In the network of `ours`, our end of the connection, every IPv6 address is one.
     """
@@ -683,9 +677,11 @@ class Limiter:
         self.everyone = Quota(settings.max_connections, LOBBY)
         self.addresses: dict[str, Address] = {}  # by address_group
 
-    def connect(self, person: Person, host: str, ours: str = "") -> None:
+    def add(self, person: Person, host: str, ours: str = "") -> None:
         """Count a connection; where there are too many, the person is rejected."""
-        person.address = self.address(address_group(host, ours))
+        group = address_group(host)
+        banned = group in self.addresses and self.addresses[group].banned_minutes(self.now)
+        person.address = self.address(group if banned else address_group(host, ours))
         for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
             quota.connections += 1
             if quota.limit and quota.free < 0:
@@ -700,7 +696,7 @@ class Limiter:
         for quota in (self.everyone, person.address):
             quota.departing[person] = None
 
-    def disconnect(self, person: Person) -> None:
+    def remove(self, person: Person) -> None:
         """Forget a connection."""
         for quota in (self.everyone, person.address):
             quota.connections -= 1
@@ -733,32 +729,33 @@ class Limiter:
             self._postpone(person, tokens)
 
     def _postpone(self, person: Person, tokens: float) -> None:
-        """Fair queueing: whoever has used less of their share of an address's tokens goes first."""
+        """Fair queueing: whoever has used least of their share of an address goes first."""
         share = person.address.bucket.rate / person.address.connections
         person.turn_at = max(person.turn_at, self.now) + tokens / share
 
     def tick(self) -> None:
-        """Forget the addresses of which nothing need be kept."""
+        """Forget the addresses that are idle."""
         for address in list(self.addresses.values()):
             full_at = address.bucket.ready_at + BURST_SECONDS
             if full_at <= self.now and not address.is_used(self.now):
                 del self.addresses[address.name]
 
     def parse(self, text: str) -> str:
-        """The name of the address that `text` is; "" if it is none."""
-        host = text.partition("/")[0]
+        """The name of the address in `text`; "" if there is none."""
+        host, slash, _ = text.partition("/")
         try:
-            group = address_group(host)
+            single, group = str(ipaddress.ip_address(host)), address_group(host)
         except ValueError:
             return ""
-        name = host if host in self.addresses else group
-        return name if text in (host, name) else ""  # no other network than that of a group
+        if slash:
+            return group if text == group else ""
+        return single if single in self.addresses else group
 
     def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address; a longer ban stays as it is."""
-        address = self.address(name)
-        address.banned_until = max(address.banned_until, self.now + 60 * minutes)
-        address.banned_by = by
+        address, until = self.address(name), self.now + 60 * minutes
+        if until > address.banned_until:
+            address.banned_until, address.banned_by = until, by
 
     def bans(self) -> dict[str, Address]:
         """The banned addresses, by name."""
@@ -771,7 +768,8 @@ class Limiter:
 # The three states of a person.  Only Chat changes them.
 #
 # AWAITING_NAME  a valid name that is free             CHATTING; the others are told
-#                an invalid or taken one               the reason and the prompt; then CLOSING
+#                an invalid or taken one               error and prompt; CLOSING after five prompts
+#                banned, full, crowded                 CLOSING
 #                /quit, end of stream, web request,    CLOSING
 #                too long a line, no name in time
 # CHATTING       /quit, Ctrl-C, Ctrl-D, end of stream  CLOSING; the others read that they quit
@@ -788,7 +786,7 @@ class Person:
     __slots__ = ("address", "asked", "bucket", "name", "operator", "origin", "outbox", "protocol",
                  "rejected", "state", "timer_start", "turn_at")
 
-    address: Address  # set by Limiter.connect
+    address: Address  # set by Limiter.add
 
     def __init__(self, origin: str, log: Log, rate: int, now: float) -> None:
         self.origin = origin  # where they connected from, for our own log
@@ -801,7 +799,7 @@ class Person:
         self.name = ""
         self.asked = 0  # how often they were asked for a name
         self.operator = False
-        self.turn_at = 0.0  # when they have used up their share of what their address may spend
+        self.turn_at = 0.0  # a virtual time: input is processed in its order (fair queueing)
 
     @property
     def is_unfinished(self) -> bool:
@@ -851,14 +849,14 @@ class CommandError(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# "/op" with any kind of slash, whatever stands before it, is never said.
+# "/op" with any kind of slash, also after punctuation, is never said.
 PASSWORD_LINE = re.compile(r"[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
 def name_key(name: str) -> str:
     """The same for every spelling of a name: BOB, \uff42\uff4f\uff42, bob (Unicode, D146)."""
-    key = unicodedata.normalize("NFD", name[:SPELLING_LIMIT])  # it takes quadratic time
+    key = unicodedata.normalize("NFD", name[:NORMALIZE_LIMIT])  # it takes quadratic time
     for _ in range(2):
         key = unicodedata.normalize("NFKD", key.casefold())
     return key
@@ -866,7 +864,7 @@ def name_key(name: str) -> str:
 
 def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises CommandError if it is none."""
-    name = unicodedata.normalize("NFC", text.strip()[:SPELLING_LIMIT])
+    name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
     if not name:
         raise CommandError("A name has at least one character.", "bad_name")
     if len(name) > NAME_LIMIT:
@@ -1040,7 +1038,7 @@ class Chat:
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
         """Do what a line or signal means in this state; see the table above."""
-        if message or not person.outbox.write_closed:  # a lost one's blank lines would delay others
+        if message or not person.outbox.write_closed:  # blank lines of a lost person are free
             self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
@@ -1067,8 +1065,8 @@ class Chat:
         caller = person.protocol.caller
         if caller:
             person.origin = f"{caller} through {person.origin}"
-            self.limiter.disconnect(person)
-            self.limiter.connect(person, caller)
+            self.limiter.remove(person)
+            self.limiter.add(person, caller)
         person.protocol.ban = self._ban_text(person)
 
     def _take_line(self, person: Person, line: Message) -> None:
@@ -1078,8 +1076,8 @@ class Chat:
         password = PASSWORD_LINE.match(line)
         if password:
             self._run_command(person, f"/{password[1]}")
-        elif line[:1] == "/":
-            self._run_command(person, f"// {line[1:]}" if line[:2] == "//" else line)
+        elif line.lstrip()[:1] == "/":
+            self._run_command(person, line)
         elif line.strip():
             self.publish("said", person, text=line)
             if line in ("help", "?"):
@@ -1093,7 +1091,7 @@ class Chat:
         return name
 
     def _release_name(self, person: Person) -> None:
-        """Let others take a name, by which operators still find this person for a while."""
+        """Free a name; operators can still find its last owner."""
         key = name_key(person.name)
         del self.people[key]
         self._former.append((self.limiter.now, key, person))
@@ -1110,6 +1108,8 @@ class Chat:
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
         name, rest = [*line.split(None, 1), ""][:2]
+        if name[:2] == "//":  # //x says /x
+            name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
         try_op = found is COMMANDS["/op"] and self.settings.password  # which anyone may
         if not found or (found.operators and not person.operator and not try_op):
@@ -1129,10 +1129,9 @@ class Chat:
     @command("/who", "show who is here", "/names", "/list")
     def _who(self, person: Person) -> None:
         people = [self.people[key] for key in sorted(self.people)]
-        rows = [{"name": each.name, "operator": each.operator} for each in people]
-        if person.operator:
-            hosts = [each.origin.partition(" ")[0] for each in people]
-            rows = [{**row, "address": host} for row, host in zip(rows, hosts)]
+        rows: list[Event] = [{"name": each.name, "operator": each.operator} for each in people]
+        for row, each in zip(rows, people if person.operator else ()):
+            row["address"] = each.origin.partition(" ")[0]
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / READ_SIZE)
         self.send_raw(person, data)
@@ -1230,6 +1229,7 @@ class Chat:
             self._remove(other, person, f"banned for {minutes} min")
         self.history.forget(address)
         self.limiter.ban(address, minutes, person.name)
+        minutes = self.limiter.address(address).banned_minutes(self.limiter.now)
         logger.info("%s banned %s for %d min", person.name, address, minutes)
         here = sum(each.address.name == address for each in self.people.values())
         text = f"{address} is banned for {minutes} min; others from there are here: {here}."
@@ -1281,13 +1281,13 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 
 class Connection(Person):
     """A person and their socket."""
-    __slots__ = ("ended", "events", "read_buffer", "sock", "unanswered")
+    __slots__ = ("eof", "events", "read_buffer", "sock", "unanswered")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log, rate, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.ended = False  # the end of the stream was read
+        self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
 
@@ -1306,6 +1306,7 @@ class Reactor:
     """The event loop.
 
     `_reconcile` does what follows from a connection's state; `_guard` confines an error to one.
+    `Chat.disconnect` ends a connection politely, `_drop` at once; after `_lose` nothing is sent.
     """
 
     def __init__(
@@ -1324,7 +1325,7 @@ class Reactor:
         self.chat = Chat(listeners.values(), self.limiter)
 
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
-        self.ready: dict[Connection, None] = {}  # those with input that is not processed yet
+        self.ready: dict[Connection, None] = {}  # those with unprocessed input
         self.blocked: dict[Connection, None] = {}  # those whose socket did not take everything
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
         self.paused = False  # no input is processed, because somebody lags too far behind
@@ -1334,19 +1335,19 @@ class Reactor:
 
     def run(self) -> bool:
         """Serve until stopped; returns False if it was an error that stopped the server."""
-        well = True
+        ok = True
         while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
             try:
                 self.run_once()
             except Exception:
                 logger.exception("shutting down after an internal error")
-                if not well:
+                if not ok:
                     break
-                well = False
+                ok = False
                 self.stop()
         for connection in list(self.connections):
             self._close(connection)
-        return well
+        return ok
 
     def stop(self) -> None:
         """Shut down: tell everyone, send what is pending, wait for them to close."""
@@ -1407,7 +1408,7 @@ class Reactor:
             self._guard(self._read, connection)
 
     def _process_ready(self) -> None:
-        """Process input, first of those who have used least of their share."""
+        """Process the input of those who are ready, in the order of `turn_at`."""
         until = self.clock() + PROCESS_SECONDS
         for connection in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
@@ -1432,7 +1433,7 @@ class Reactor:
                     try:
                         sent = connection.sock.send(news)
                     except OSError:
-                        sent = 0  # `_reconcile` tries again, and finds out why
+                        sent = 0  # `_reconcile` tries again, and handles the error
                     if sent == size:
                         outbox.cursor = end
                         continue
@@ -1515,7 +1516,7 @@ class Reactor:
             ours = ""
             with contextlib.suppress(OSError):  # the caller is gone again
                 ours = sock.getsockname()[0]
-            self.limiter.connect(connection, host, ours)
+            self.limiter.add(connection, host, ours)
             self._guard(self._admit, connection)
 
     def _admit(self, connection: Connection) -> None:
@@ -1551,7 +1552,7 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", connection.origin)
             why = "an internal error"
-        self._drop(connection, why)  # only here, where no traceback keeps a view of the log
+        self._drop(connection, why)  # not above, where a traceback keeps a view of the log
 
     def _ready_at(self, connection: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
@@ -1576,7 +1577,7 @@ class Reactor:
         connection.unanswered = 0
         connection.read_buffer += data
         connection.protocol.scan(data)
-        connection.ended = not data
+        connection.eof = not data
         self.ready[connection] = None
 
     def _process_input(self, connection: Connection) -> None:
@@ -1605,7 +1606,7 @@ class Reactor:
                 budget = 0
                 self.limiter.charge(connection, len(data) / BYTES_PER_TOKEN)
                 protocol.feed(data)
-            elif connection.ended:
+            elif connection.eof:
                 protocol.feed(b"")
             else:
                 break
@@ -1624,12 +1625,12 @@ class Reactor:
             connection.read_buffer = b""
             self.ready.pop(connection, None)
             if not outbox.has_pending:
-                if connection.ended:
+                if connection.eof:
                     self._close(connection)
                     return
                 # To close with input unread resets the connection (RFC 1122, 4.2.2.13).
                 self._shutdown(connection, socket.SHUT_WR)
-        reads = not connection.ended and len(connection.read_buffer) < READ_AHEAD
+        reads = not connection.eof and len(connection.read_buffer) < READ_AHEAD
         self._ask_selector(connection, READ * reads | WRITE * (connection in self.blocked))
 
     def _flush(self, connection: Connection) -> None:
@@ -1685,7 +1686,7 @@ class Reactor:
     def _close(self, connection: Connection) -> None:
         for kept in (self.connections, self.ready, self.blocked):
             kept.pop(connection, None)
-        self.limiter.disconnect(connection)
+        self.limiter.remove(connection)
         with contextlib.suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(connection.sock)
         with contextlib.suppress(OSError):  # there is nothing else to do
@@ -1852,7 +1853,7 @@ def start_logging(level: int) -> None:
 def stop_on_signals(reactor: Reactor) -> None:
     """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once.
 
-    But SIGHUP may come twice, from the shell and from the system.
+    But SIGHUP may come twice, from the shell and from the system.  `on_wakeup` does the stopping.
     """
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
@@ -1891,14 +1892,15 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [each.getsockname()[1] for each in listeners]
-    chosen = ", ".join(f"{name} {value}" for name, value in vars(options).items() if value)
+    given = {name: value for name, value in vars(options).items() if value or type(value) is int}
+    chosen = ", ".join(f"{name} {value}" for name, value in given.items())
     what = f"BATCHAT {__version__}, process {os.getpid()}, ports {'/'.join(map(str, ports))}"
     logger.info("%s, %d connections at most; %s", what, most, chosen)
     announce(options.host, ports)
-    started, well = time.monotonic(), reactor.run()
+    started, ok = time.monotonic(), reactor.run()
     seconds = time.monotonic() - started
     logger.info("stopped after %d s, in which %d people joined", seconds, reactor.chat.joined)
-    return 0 if well else 1
+    return 0 if ok else 1
 
 
 # --------------------------------------------------------------------------

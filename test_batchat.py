@@ -192,7 +192,7 @@ class Guest(batchat.Person):
         if protocol is Web:
             messages_of(self.protocol, OPENING)
             self.protocol.replies = b""
-        chat.limiter.connect(self, host)
+        chat.limiter.add(self, host)
         chat.greet(self)
 
     def types(self, *lines: batchat.Message):
@@ -1546,7 +1546,7 @@ BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "
     ("/nick MIKE", *[f"{RENAMED} MIKE\n"] * 2, public("renamed", name="mike", to="MIKE")),
     ("/kick BOB", *[f"{KICKED}\n"] * 2, public("kicked", **KICK, text="")),
     ("/kick bob a b", *[f"{KICKED}: a b\n"] * 2, public("kicked", **KICK, text="a b")),
-    ("/msg ANN psst", *["[mike -> ann] psst\n"] * 2, PSST),
+    *[(psst, *["[mike -> ann] psst\n"] * 2, PSST) for psst in ("/msg ANN psst", " /msg ann psst")],
     ("/msg bob psst", "", "[mike -> bob] psst\n", PSST.replace("ann", "bob")),
     ("/msg mike psst", "", "[mike -> mike] psst\n", PSST.replace("ann", "mike")),
     *[(who, "", "* 3 here: ann, bob, mike\n", PEOPLE) for who in ("/who", "/names", "/list")],
@@ -1932,7 +1932,7 @@ def test_log_names_people_but_not_what_they_say(tmp_path):
         _, log = server.ends()
     log = re.sub(r"127\.0\.0\.1 port \d+", "HERE", log)
     lines = [line.split(" ", 2)[2] for line in log.splitlines()]
-    ports = rf"{server.port}/{server.web_port}, \d+ connections at most; .*max_per_address 100, .*"
+    ports = rf"{server.port}/{server.web_port}, \d+ connections at most; .*max_people 0, max_per_.*"
     what = rf"BATCHAT {batchat.__version__}, process {server.process.pid}, ports {ports}"
     assert re.fullmatch(what, lines.pop(1))
     assert re.fullmatch(r"stopped after \d s, in which 3 people joined", lines.pop())
@@ -2077,9 +2077,9 @@ def test_bans_are_listed_and_ended(kept, ann, caplog):
     hosts = ["203.0.113.0", "203.0.113.1", "2001:db8::7", "2001:db8::8"]
     people = [kept.join(f"p{n}", host) for n, host in enumerate(hosts)]
     ann.types("/ban p0", "/ban p1", "/ban p2 500", "/ban p3 5")
-    ann.read()
+    assert ann.read().count("2001:db8::/64 is banned for 500 min") == 2
     for each in people:
-        kept.limiter.disconnect(each)
+        kept.limiter.remove(each)
     kept.wait(60)
     kept.limiter.tick()
     ann.types("/bans", "/unban 203.0.113.0", "/unban 2001:db8::/64", "/bans")
@@ -2154,6 +2154,18 @@ def test_ban_takes_an_address(kept, ann):
         "* 2001:db8:1::/64 is banned for another 9 min, by ann.\n"
     )
     assert eve.state is CHATTING
+
+
+def test_banned_network_includes_single_addresses(kept, ann):
+    """In our own network, where each is banned alone as long as it is known."""
+    near = [batchat.Person("", kept.chat.logs[Telnet], 0, 0.0) for _ in range(3)]
+    for each, host, line in zip(near, "567", ["2001:DB8::5", "2001:db8::6/64", "2001:db8::/64"]):
+        kept.limiter.add(each, f"2001:db8::{host}", "2001:db8::1")
+        ann.types(f"/ban {line}")
+    assert [each.address.banned_minutes(0.0) for each in near] == [60, 0, 0]
+    assert [*kept.limiter.bans()] == ["2001:db8::5", "2001:db8::/64"]
+    kept.limiter.add(near[2], "2001:db8::7", "2001:db8::1")
+    assert near[2].address.banned_minutes(0.0) == 60
 
 
 def test_who_shows_operators_each_address(kept, ann):
@@ -2613,7 +2625,7 @@ def test_each_forbidden_character_is_removed():
     "typed, shown",
     ("abc\x1b[D\x1b[D", "abc"),  # arrows
     ("\x1b[1;5Cx\x1b[?25ly\x1b[ qz\x9b31m", "xyz"),  # CSI, its parameters and its letter
-    ("\x1bOPx\x1bO", "x"),  # SS3 and its letter
+    ("\x1bOPx\x1bO\x1b[[Ay", "xy"),  # SS3 and its letter; F1 on Linux's console
     ("\x1b]0;title\x07x\x1b]8;;http://x\x1b\\y\x1b]2;no end", "xy"),  # OSC up to its end
     ("a\x1b", "a"),
     ("\x1bba\x1b\x7fc", "ac"),  # Alt-b, Alt-Backspace: an ESC and one character
@@ -2853,7 +2865,7 @@ def test_nothing_is_kept_of_people_who_left(room):
     troll.types("/ignore mike", "/msg mike psst")
     mike.types("/quit")
     room.chat.changed.clear()  # as the reactor does in each iteration
-    room.limiter.disconnect(mike)
+    room.limiter.remove(mike)
     room.guests.remove(mike)
     left = weakref.ref(mike)
     del mike
@@ -2882,7 +2894,7 @@ def test_table_of_addresses_is_bounded(room, monkeypatch):
     room.join("mike", "203.0.113.1")
     room.limiter.ban("203.0.113.2", 5, "ann")
     for n in range(300):
-        room.limiter.disconnect(room.caller(host=f"10.0.{n // 256}.{n % 256}"))
+        room.limiter.remove(room.caller(host=f"10.0.{n // 256}.{n % 256}"))
     assert len(room.limiter.addresses) <= 100
     assert {"203.0.113.1", "203.0.113.2"} <= room.limiter.addresses.keys()
 
@@ -3126,7 +3138,7 @@ def seconds_of(kind: str, data: bytes) -> float:
     """How long the program works on what somebody sends."""
     room = Room(rate=0)
     guest = batchat.Person("", room.chat.logs[Telnet if kind == "telnet" else Web], 0, 0.0)
-    room.limiter.connect(guest, "127.0.0.1")
+    room.limiter.add(guest, "127.0.0.1")
     before = time.process_time()
     guest.protocol.feed(STARTS[kind] + data)
     while guest.state is not CLOSING and (message := guest.protocol.next()) is not None:
