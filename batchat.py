@@ -2016,8 +2016,6 @@ class Web(Protocol):
     def close(self, code: str) -> bytes:
         if self._state is FRAMES:
             self._end(CLOSE_CODES.get(code, 1000))
-        elif code == "timeout" and self._data:  # browsers that send nothing are sent nothing
-            self._respond(HTTPStatus.REQUEST_TIMEOUT, body="Request timed out.\n")
         replies, self.replies = self.replies, b""
         return replies
 
