@@ -2715,7 +2715,7 @@ TELNET_PIECES = [
 TELNET = st.lists(st.sampled_from(TELNET_PIECES) | st.binary(max_size=4), max_size=12)
 PLACES = st.lists(st.integers(0, 10**6), max_size=12)
 # Ctrl-C as IP, BRK, ABORT, or as it is; Ctrl-D as EOF, or as it is
-KEYS_THAT_LEAVE = [b"\xff\xf4", b"\xff\xf3", b"\xff\xee", b"\x03", b"\xff\xec", b"\x04"]
+QUIT_KEYS = [b"\xff\xf4", b"\xff\xf3", b"\xff\xee", b"\x03", b"\xff\xec", b"\x04"]
 MARK = CTRL_C[2:]
 
 
@@ -2738,7 +2738,7 @@ def test_cuts_change_no_line_and_no_answer(data, places):
     ([b"hexx\xff\xf7\xff\xf7llo\n", b"oops\xff\xf8good\n"], ["hello", "good"]),  # EC, EL
     ([b"caf\xe9 \xc3\n"], ["caf\ufffd \ufffd"]),  # broken UTF-8
     ([b"one\ntwo\nthr", b""], ["one", "two", DISCONNECT]),  # what Enter did not end is not said
-    *(([b"said\nno" + key + b"no\nno\n"], ["said", DISCONNECT]) for key in KEYS_THAT_LEAVE),
+    *(([b"said\nno" + key + b"no\nno\n"], ["said", DISCONNECT]) for key in QUIT_KEYS),
     ([b"x" * 4096 + b"\n", b"x" * 4097 + b"\nnext\n"], ["x" * 4096, batchat.TOO_LONG, "next"]),
     ([b"a\xc2", b"\xff\xfb\0", b"\xff\xf4b\n"], ["ab"]),  # half a letter, BINARY, the rest
 )
