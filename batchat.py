@@ -455,7 +455,6 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # RFC 860
 
-LINE_END = re.compile(b"\r[\n\0]")  # CR alone is another one (RFC 854, pages 11 and 12)
 ARE_YOU_THERE, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Commands that stand for a key, and the byte that telnet may have taken for that key.  Without
@@ -501,8 +500,6 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
 
     Returns the text, with keys for commands; an incomplete command at the end; and the replies.
     """
-    if IAC not in data:
-        return data, b"", b""
     text, at, rest, replies = bytearray(before), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[at : command.start()]
@@ -552,12 +549,10 @@ class Telnet(Protocol):
             self.ended = True
             return
         before, command = self._fed
-        is_telnet = IAC in data or LINE_END.search(data) and not (self._text + data).isascii()
-        if is_telnet and not self._asked:
-            self._asked = True
-            self.replies += ASK_FOR_BINARY
-        data, command, replies = split_commands(command + data, before)
-        self.replies += replies
+        if command or IAC in data:
+            self._ask_for_binary()
+            data, command, replies = split_commands(command + data, before)
+            self.replies += replies
         self._fed = (before + data)[-3:], command
         if not data or self._key:
             return
@@ -569,13 +564,24 @@ class Telnet(Protocol):
         self._after_cr = data.endswith(b"\r")
         if self._asked and data.count(b"\n") > data.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
-        self._text += LINE_END.sub(b"\n", data).replace(b"\r", b"\n")
+        # A line ends with CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12).
+        plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        self._text += plain.replace(b"\r", b"\n")
+        if len(plain) < len(data) and not self._text.isascii():
+            self._ask_for_binary()
+
+    def _ask_for_binary(self) -> None:
+        if not self._asked:
+            self._asked = True
+            self.replies += ASK_FOR_BINARY
 
     def scan(self, data: bytes) -> None:
         before, command = self._scanned
-        text, command, _ = split_commands(command + data, before)
-        self._scanned = (before + text)[-3:], command
-        self.interrupted = self.interrupted or CTRL_C in text
+        if command or IAC in data:
+            data, command, _ = split_commands(command + data, before)
+        self._scanned = (before + data)[-3:], command
+        if CTRL_C in data:
+            self.interrupted = True
 
     def interrupt(self, unfed: bytes) -> None:
         if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
@@ -2016,8 +2022,7 @@ class Web(Protocol):
     def close(self, code: str) -> bytes:
         if self._state is FRAMES:
             self._end(CLOSE_CODES.get(code, 1000))
-        replies, self.replies = self.replies, b""
-        return replies
+        return self.replies
 
     def _parse_head(self) -> Message | None:
         """Parse the head of the request, if it is complete."""
