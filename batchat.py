@@ -1857,20 +1857,18 @@ def start_logging(level: int) -> None:
 
 
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once.
-
-    But SIGHUP may come twice, from the shell and from the system.  `on_wakeup` does the stopping.
-    """
+    """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once."""
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
 
     def on_signal(signum: int, frame: object) -> None:
+        # SIGHUP may come twice, from the shell and from the system.
         if signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def on_wakeup() -> None:
+    def on_wakeup() -> None:  # of the event loop
         ours.recv(16)
         logger.info("stopping")
         reactor.stop()
