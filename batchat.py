@@ -1668,16 +1668,12 @@ class Reactor:
                 raise
 
     def _ask_selector(self, connection: Connection, events: int) -> None:
-        before, sock = connection.events, connection.sock
-        if events == before:
-            return
-        if not events:
-            self.selector.unregister(sock)
-        elif not before:
-            self.selector.register(sock, events, connection)
-        else:
-            self.selector.modify(sock, events, connection)
-        connection.events = events
+        if events != connection.events:
+            if connection.events:
+                self.selector.unregister(connection.sock)
+            connection.events = events
+            if events:
+                self.selector.register(connection.sock, events, connection)
 
     def _drop(self, connection: Connection, reason: str) -> None:
         """End a connection at once; what is pending is lost."""

@@ -618,7 +618,7 @@ PASSWORD = "sesame"
 UNLIMITED = NEVER = batchat.NEVER
 START = 1000.0  # on the clock
 # System calls for one connection whose failure ends it; a failure of `send` may be temporary.
-CALLS = ["setblocking", "register", "modify", "unregister", "recv", "shutdown", "close"]
+CALLS = ["setblocking", "register", "unregister", "recv", "shutdown", "close"]
 OURS = -1  # an "errno" that stands for an error in the server itself
 
 
@@ -896,11 +896,6 @@ class SimulatedSelector:
     def register(self, sock, events: int, data=None):
         assert sock not in self.keys and not sock.closed
         sock.call("register")
-        self.keys[sock] = selectors.SelectorKey(sock, 0, events, data)
-
-    def modify(self, sock, events: int, data=None):
-        assert self.keys.pop(sock).events != events
-        sock.call("modify")
         self.keys[sock] = selectors.SelectorKey(sock, 0, events, data)
 
     def unregister(self, sock):
@@ -1258,7 +1253,7 @@ NETWORK_STEPS = st.one_of(
     *(every("type", ANYONE, [CTRL_C]), every("ends", ANYONE)),
     every("break_down", ANYONE, [errno.ECONNRESET, errno.ETIMEDOUT], [True, False]),
     *(every("call_fails", ANYONE, CALLS, ERRORS), every("send_fails", ANYONE, ERRORS, [1, 99])),
-    every("call_fails", ANYONE, ["recv", "modify"], [OURS]),
+    every("call_fails", ANYONE, ["recv", "register"], [OURS]),
     *(every("jumps", [0.3, 3.0, 100.0]), every("listener_fails", [Telnet, Web], ERRORS)),
 )
 SETTINGS = st.builds(  # in the order of its fields
@@ -2990,7 +2985,7 @@ def test_rejected_callers_take_no_place(worlds, limits, protocol, host, most):
 @cases(
     "call, error",
     *[(call, errno.ENOMEM) for call in CALLS],
-    *[(call, OURS) for call in ("recv", "modify", "check_name")],
+    *[(call, OURS) for call in ("recv", "register", "check_name")],
 )
 def test_failed_call_costs_one_connection(world, monkeypatch, call, error):
     """The log says why; for errors of ours, with a traceback."""
