@@ -3992,6 +3992,7 @@ def test_page_name_outlives_a_reload(mike, jonny):
     mike.reloads()
     jonny.expect("* mike is now known as mick\n* mick has quit the chat\n")
     jonny.expect("* mick has joined the chat\n")
+    mike.gives("state", "chatting")
     mike.does("sessionStorage.setItem('name', 'jonny')")
     mike.reloads()
     mike.shows("* The name jonny is taken.")
