@@ -203,7 +203,7 @@ WRONG_PASSWORDS_WARNED = 10  # within that time, from one address
 
 
 class Settings(NamedTuple):
-    """What the command line sets."""
+    """What main() sets."""
 
     rate: int = 10  # lines a second from one person; 0 is no limit
     max_people: int = 0  # in the room; 0 is no limit
@@ -363,7 +363,7 @@ class Outbox:
 # What a protocol reports besides lines
 CONNECTED = 1  # a WebSocket is open: greet the person
 TOO_LONG = 2  # a line over LINE_LIMIT, which was dropped
-DISCONNECT = 3  # Ctrl-C, the end of the stream, or a protocol error
+DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
 REQUESTED = 4  # a browser's request, which is answered next
 Message = Union[str, int]
 
@@ -377,10 +377,10 @@ class Protocol:
 
     def __init__(self) -> None:
         self.ended = False  # nothing more will be fed
-        self.interrupted = False  # Ctrl-C was read, if not yet fed
+        self.interrupted = False  # Ctrl-C was read, and perhaps not fed yet
         self.replies = b""  # what the protocol itself answers
-        self.behind_proxy = False  # trust the peer to tell for whom it calls
-        self.caller = ""  # the address that it reported
+        self.behind_proxy = False  # trust the peer's X-Forwarded-For
+        self.caller = ""  # the address in it
         self.ban = ""  # what a banned caller is told
 
     @property
@@ -628,7 +628,7 @@ class Quota:
 
     def __init__(self, limit: int, spare: int) -> None:
         self.limit = limit  # 0 is no limit
-        self.spare = spare  # connections departing that may stay beside them
+        self.spare = spare  # departing connections that may always stay
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: they do not count
 
@@ -653,7 +653,7 @@ class Address(Quota):
 
     def banned_minutes(self, now: float) -> int:
         """How long it is still banned; 0 if it is not."""
-        return max(0, math.ceil((self.banned_until - now) / 60))
+        return max(0, math.ceil((self.banned_until - now) / 60 - 1e-6))
 
 
 LOCALHOST = "localhost"
@@ -685,7 +685,7 @@ class Limiter:
 
     def add(self, person: Person, host: str, ours: str = "") -> None:
         """Count a connection; where there are too many, the person is rejected."""
-        group = address_group(host)
+        group = address_group(host)  # in our own network, its ban holds for each address
         banned = group in self.addresses and self.addresses[group].banned_minutes(self.now)
         person.address = self.address(group if banned else address_group(host, ours))
         for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
@@ -925,10 +925,10 @@ class Chat:
         self.at = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
-        # Names that people had: until when, name_key, whose.
+        # Former names: until when, name_key, whose.
         self._former: deque[tuple[float, str, Person]] = deque(maxlen=REMEMBERED)
-        self._wrong: deque[tuple[float, str]] = deque(maxlen=REMEMBERED)  # passwords: when, whence
-        self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # by whom they ignore
+        self._wrong: deque[tuple[float, str]] = deque(maxlen=REMEMBERED)  # passwords: when, where
+        self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
@@ -1421,7 +1421,7 @@ class Reactor:
                 return
             ready = self._ready_at(connection) <= self.now or connection.protocol.interrupted
             if ready and connection in self.ready:
-                self.ready[connection] = self.ready.pop(connection)  # behind the others
+                self.ready[connection] = self.ready.pop(connection)  # behind its equals
                 self._guard(self._process_input, connection)
 
     def _broadcast(self, log: Log) -> None:
@@ -1933,7 +1933,7 @@ def parse_request(head: bytes) -> Request:
         name, value = name.lower(), value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     host, length = fields.get("host", ""), fields.get("content-length", "")
-    if "," in host + length or not host and request[3] != "0":  # only other fields may be lists
+    if "," in host + length or not host and request[3] != "0":  # one Host, which 1.1 needs
         raise ValueError
     return request[1], urllib.parse.urlsplit(request[2]).path, request[3], fields
 
@@ -1970,7 +1970,7 @@ HEAD, REQUEST, FRAMES, NOTHING = range(4)
 class Web(Protocol):
     """A browser or a bot: one HTTP request, which gets a response or opens a WebSocket.
 
-    On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's some lines.
+    On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's is lines.
     """
     __slots__ = ("_data", "_lines", "_message", "_request", "_state")
 
@@ -2027,11 +2027,10 @@ class Web(Protocol):
         if not rest:
             return DISCONNECT if self.ended else None
         try:
-            self._request = parse_request(head)
-            fields = self._request[3]
+            *_, fields = self._request = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
-                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))
+                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # no zone
         except ValueError:
             return self._respond(HTTPStatus.BAD_REQUEST)
         self._state, self._data = REQUEST, rest[0]
@@ -2117,12 +2116,12 @@ class Web(Protocol):
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big")
             known = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-            payload[2:].decode()  # the reason
+            payload[2:].decode()  # the reason, or 1007
             self._end(code if known or not payload else 1002)
         elif opcode != PONG:
             message = (self._message or b"") + payload
             self._message = None if final else message
-            if final:  # of bytes, only CR and LF end a line, and the last one need not end
+            if final:  # in bytes, only CR and LF end lines, and the last one need not end
                 self._lines = [line.decode() for line in message.splitlines()[::-1] or [b""]]
         return True
 
@@ -2167,7 +2166,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 """  # noqa: E501
 
 SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, VERSION = {EVENTS_VERSION};' + r"""
-const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters painted at a time; of these kept; a line counts as SHORT
+const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters in a block; blocks kept; least size of a line
 const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "gap"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
@@ -2180,7 +2179,7 @@ try { stored = sessionStorage; } catch { /* refused */ }
 // calling: on the way into the room;  naming: the room waits for a name;  chatting;  left: the user has to call again
 let state, socket, name, mention;  // mention: matches our name in a text
 let closing, pause = 1;  // why the server has disconnected us, while we try again; seconds until the next try
-let lostAt = 0, awaySince = 0;  // when a connection with our name was lost; when we were last in the room
+let lostAt = 0, awaySince = 0;  // the server may still have our name since then; there is a gap since then
 let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
 let room, seen, maxLine;  // the server's run, its highest event id so far; bytes
 let people = new Map(), hues = new Map(), nextHue = 0;  // name -> operator or not; name -> hue
@@ -2202,7 +2201,7 @@ function connect() {
 function disconnected({ code }) {
   if (state === "chatting") awaySince = lostAt = Date.now();
   setPeople([]);
-  if (closing ? ["full", "crowded", "timeout", "shutdown"].includes(closing) : code !== 1000) {
+  if (closing ? ["full", "crowded", "shutdown"].includes(closing) : code !== 1000) {
     state = "calling";
     tell(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
@@ -2295,8 +2294,8 @@ function resume(events) {  // after a welcome: show what we have not seen of the
 function pendingOf(line) {  // the event that it will be; none of other commands
   const me = /^\s*\/me\s+(?=\S)/i.exec(line), at = Date.now() / 1000;
   if (me) return [{ type: "did", at, name, text: line.slice(me[0].length).trim() }];
-  if (!line.startsWith("//") && (/^\s*\//.test(line) || PASSWORD.test(line))) return [];
-  return [{ type: "said", at, name, text: line.replace(/^\/\//, "/") }];
+  if (/^\s*\/(?!\/)/.test(line) || PASSWORD.test(line)) return [];
+  return [{ type: "said", at, name, text: line.replace(/^\s*\/\//, "/") }];
 }
 function confirm(event) {  // drop the pending line that has come back, or the oldest: the room may change a text
   if (!isOwn(event)) return;
@@ -2322,11 +2321,11 @@ function closeList() { who.open = false; input.focus(); }
 
 // The log
 const isOwn = event => (event.name || event.from) === name;
-const dateOf = event => new Date(event.at ? event.at * 1000 : Date.now());
+const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isCalled(event) {
   return name && ["said", "did"].includes(event.type) && !isOwn(event) && mention.test(event.text);
 }
-function show(event, how = "") {  // soon, together with those that come until then
+function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // of a later server
   if (event.id > seen) seen = event.id;
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
@@ -2363,7 +2362,7 @@ function paint() {  // at most one block, so that the page stays quick
 function paragraph(event) {
   const { type, how } = event, date = dateOf(event), own = TALK.includes(type) && isOwn(event);
   const className = [type, how, own && "own", isCalled(event) && "mention"].filter(Boolean).join(" ");
-  const parts = templates[type].flatMap((part, at, all) => {  // an empty field takes its colon along
+  const parts = templates[type].flatMap((part, at, all) => {  // an empty field drops its colon
     if (at % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
   });
@@ -2429,13 +2428,12 @@ for (const each of [log, lines]) new ResizeObserver(() => following && toEnd()).
 document.onvisibilitychange = () => { if (!document.hidden) { [unread, called] = [0, false]; count(); } };
 
 // The keyboard
-const canSay = () => socket.readyState === WebSocket.OPEN && ["naming", "chatting"].includes(state);
-function say(text) {  // returns whether nothing is left to be done with it
+const canSay = () => socket.readyState === WebSocket.OPEN && ["naming", "chatting"].includes(state) && !arriving;
+function say(text) {  // returns whether the input may be cleared
   const line = text.replace(/\t/g, " ").replace(/[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, "");
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
   if (bytes > maxLine) return tell(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
-  tell("");
   socket.send(line);
   if (state !== "chatting") return true;
   pending.push(...pendingOf(line));
@@ -2447,7 +2445,9 @@ function say(text) {  // returns whether nothing is left to be done with it
 }
 form.onsubmit = event => {
   event.preventDefault();
-  if (state === "left") { setName(input.value.trim()); connect(); } else if (!canSay() || !say(input.value)) return;
+  if (state !== "left" && !canSay()) return;
+  tell("");
+  if (state === "left") { setName(input.value.trim()); connect(); } else if (!say(input.value)) return;
   input.value = "";  // in other cases it stays
 };
 input.onpaste = event => {  // an input would make one line of many
@@ -2456,16 +2456,18 @@ input.onpaste = event => {  // an input would make one line of many
   event.preventDefault();
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
   input.value = all.pop() + input.value.slice(input.selectionEnd);
+  tell("");
   all.forEach(say);
 };
 input.onkeydown = event => {
+  if (event.shiftKey || event.isComposing) return;
   const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  if (!event.shiftKey && to >= 0 && to <= typed.length) {
+  if (to >= 0 && to <= typed.length) {
     event.preventDefault();
     if (typedAt === typed.length) draft = input.value;
     [typedAt, input.value] = [to, typed[to] ?? draft];
   }
-  if (event.key === "Tab" && !event.shiftKey && complete()) event.preventDefault();
+  if (event.key === "Tab" && complete()) event.preventDefault();
 };
 const inputNow = () => `${input.selectionStart} ${input.value}`;
 function complete() {  // the name before the cursor, or put the next one there; returns whether there is any
@@ -2482,7 +2484,7 @@ function complete() {  // the name before the cursor, or put the next one there;
   return found.push(next);
 }
 onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
-who.ontoggle = listPeople;
+who.ontoggle = list.onmouseleave = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
 setName(stored.name || "");

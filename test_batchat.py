@@ -3910,7 +3910,7 @@ def test_page_pause_has_a_maximum(page):
 
 def test_page_shows_why_it_was_disconnected(page):
     page.does("window.setTimeout = (what, ms) => (ms < 1000 ? what() : 0)")
-    again, never = ["full", "crowded", "timeout", "shutdown"], ["banned", "kicked", "tries"]
+    again, never = ["full", "crowded", "shutdown"], ["banned", "kicked", "timeout", "tries"]
     for code in again + never:
         page.receives({"type": "closing", "code": code, "text": f"That was {code}."})
         page.does("pause = 1; socket.onclose({code: 1000})")
@@ -4019,8 +4019,9 @@ def test_page_keeps_what_is_typed_before_welcome(mike, jonny, page_server, name)
         mike.gives("[state, input.value]", ["chatting", "draft"])
 
 
-def test_page_sends_nothing_before_it_is_asked(page):
-    page.does("state = 'calling'")
+@cases("early", "state = 'calling'", "arriving = true")
+def test_page_sends_nothing_before_it_is_asked(page, early):
+    page.does(early)
     page.enters("draft")
     page.gives("[input.value, pending.length]", ["draft", 0])
 
@@ -4192,6 +4193,12 @@ def test_page_click_on_a_name_writes_to_them(page):
     page.gives("input.value", "/msg mike a draft")
 
 
+@cases("line", "//op sesame", " /op sesame", " /who", "/nick mick")
+def test_page_shows_no_command_as_pending(page, line):
+    page.does(f"socket.send = () => {{}}; say('{line}')")
+    page.gives("pending.length", 0)
+
+
 def test_page_notes_ones_own_new_name(page):
     page.enters("/nick mick", "hello")
     page.gives(f"[name, pending.length, {LAST}.className]", ["mick", 0, "said own"])
@@ -4203,11 +4210,13 @@ def test_page_paste_of_many_lines_is_many_lines(mike, jonny):
     mike.types("say ")
     mike.does(
         "const clipboardData = new DataTransfer(), how = {clipboardData, cancelable: true};"
-        "clipboardData.setData('text', 'one\\ntwo\\nthree');"
+        f"clipboardData.setData('text', 'one\\n{LONG * 2}\\ntwo\\nthree');"
         "input.dispatchEvent(new ClipboardEvent('paste', how));"
     )
+    mike.gives("status.textContent.slice(0, 9)", "Not sent:")
     mike.types("!" + ENTER)
     jonny.expect("<mike> say one\n<mike> two\n<mike> three!\n")
+    mike.gives("status.textContent", "")
 
 
 def test_page_does_not_send_a_line_too_long(mike, jonny):
