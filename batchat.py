@@ -1351,8 +1351,8 @@ class Reactor:
                     break
                 ok = False
                 self.stop()
-        for connection in list(self.connections):
-            self._close(connection)
+        for conn in list(self.connections):
+            self._close(conn)
         return ok
 
     def stop(self) -> None:
@@ -1380,8 +1380,8 @@ class Reactor:
             self._broadcast(log)
         self.chat.new_bytes = 0
         changed, self.chat.changed = self.chat.changed, {}
-        for connection in changed:
-            self._guard(self._reconcile, connection)
+        for conn in changed:
+            self._guard(self._reconcile, conn)
         if self.now >= self.tick_at:
             self._tick()
         self._apply_backpressure()
@@ -1405,24 +1405,24 @@ class Reactor:
         change = (self.now - before) * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
 
-    def _on_io(self, connection: Connection, events: int) -> None:
+    def _on_io(self, conn: Connection, events: int) -> None:
         """Read, or try to send again."""
-        self.chat.changed[connection] = None
+        self.chat.changed[conn] = None
         if events & WRITE:
-            self.blocked.pop(connection, None)
+            self.blocked.pop(conn, None)
         if events & READ:
-            self._guard(self._read, connection)
+            self._guard(self._read, conn)
 
     def _process_ready(self) -> None:
         """Process the input of those who are ready, in the order of `turn_at`."""
         until = self.clock() + PROCESS_SECONDS
-        for connection in sorted(self.ready, key=lambda each: each.turn_at):
+        for conn in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
                 return
-            ready = self._ready_at(connection) <= self.now or connection.protocol.interrupted
-            if ready and connection in self.ready:
-                self.ready[connection] = self.ready.pop(connection)  # behind its equals
-                self._guard(self._process_input, connection)
+            ready = self._ready_at(conn) <= self.now or conn.protocol.interrupted
+            if ready and conn in self.ready:
+                self.ready[conn] = self.ready.pop(conn)  # behind its equals
+                self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1432,30 +1432,30 @@ class Reactor:
             return
         changed = self.chat.changed
         with memoryview(log.data)[offered - log.start :] as news:
-            for connection in log.readers:
-                outbox = connection.outbox
-                # The usual case, so it calls no function of ours.
+            for conn in log.readers:
+                outbox = conn.outbox
+                # The usual case: no function of ours is called.
                 if outbox.cursor == offered and not outbox.splices:
                     try:
-                        sent = connection.sock.send(news)
+                        sent = conn.sock.send(news)
                     except OSError:
-                        sent = 0  # `_reconcile` tries again, and handles the error
+                        sent = 0  # `_reconcile` tries again
                     if sent == size:
                         outbox.cursor = end
                         continue
                     outbox.cursor += sent
-                changed[connection] = None
+                changed[conn] = None
         log.offered = end
 
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
-        for connection in self._lagging():
+        for conn in self._lagging():
             # Send now: the selector reports space only when there is much of it.
-            del self.blocked[connection]
-            self._guard(self._reconcile, connection)
+            del self.blocked[conn]
+            self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:
-            for connection in self._lagging():
-                self._drop(connection, "too far behind")
+            for conn in self._lagging():
+                self._drop(conn, "too far behind")
         self.paused = bool(self._lagging())
 
     def _lagging(self) -> list[Connection]:
@@ -1470,27 +1470,27 @@ class Reactor:
         pings = self.now >= self.ping_at
         if pings:
             self.ping_at = self.now + PING_SECONDS
-        for connection in list(self.connections):
-            if pings and connection.protocol.opened and connection.protocol.PING:
-                self._guard(self._ping, connection)
-            if self.now >= connection.deadline:
-                self._guard(self._on_deadline, connection)
+        for conn in list(self.connections):
+            if pings and conn.protocol.opened and conn.protocol.PING:
+                self._guard(self._ping, conn)
+            if self.now >= conn.deadline:
+                self._guard(self._on_deadline, conn)
 
-    def _ping(self, connection: Connection) -> None:
+    def _ping(self, conn: Connection) -> None:
         """Ping a peer; it is lost if it has answered none of the last pings."""
-        if connection.outbox.has_pending or connection in self.ready:
+        if conn.outbox.has_pending or conn in self.ready:
             return
-        if connection.unanswered >= PINGS_LIMIT:
-            self._lose(connection, "it answers no ping")
+        if conn.unanswered >= PINGS_LIMIT:
+            self._lose(conn, "it answers no ping")
         else:
-            connection.unanswered += 1
-            self.chat.send_raw(connection, connection.protocol.PING)
+            conn.unanswered += 1
+            self.chat.send_raw(conn, conn.protocol.PING)
 
-    def _on_deadline(self, connection: Connection) -> None:
-        if connection.state is CLOSING or connection.outbox.write_closed:
-            self._drop(connection, "lost")
+    def _on_deadline(self, conn: Connection) -> None:
+        if conn.state is CLOSING or conn.outbox.write_closed:
+            self._drop(conn, "lost")
         else:
-            self.chat.disconnect(connection, "no name in time", "timeout")
+            self.chat.disconnect(conn, "no name in time", "timeout")
 
     # Callers
     def _await_callers(self, listener: socket.socket) -> None:
@@ -1517,183 +1517,182 @@ class Reactor:
             host, port = address[:2]
             origin = f"{re.sub('^::ffff:', '', host)} port {port}"  # IPv4 as such
             log = self.chat.logs[self.listeners[listener]]
-            connection = Connection(sock, origin, log, self.settings.rate, self.now)
-            self.connections[connection] = None
+            conn = Connection(sock, origin, log, self.settings.rate, self.now)
+            self.connections[conn] = None
             ours = ""
             with contextlib.suppress(OSError):  # the caller is gone again
                 ours = sock.getsockname()[0]
-            self.limiter.add(connection, host, ours)
-            self._guard(self._admit, connection)
+            self.limiter.add(conn, host, ours)
+            self._guard(self._admit, conn)
 
-    def _admit(self, connection: Connection) -> None:
-        sock, protocol = connection.sock, connection.protocol
+    def _admit(self, conn: Connection) -> None:
+        sock, protocol = conn.sock, conn.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
             with contextlib.suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        protocol.behind_proxy = self.settings.behind_proxy and connection.address.name == LOCALHOST
+        protocol.behind_proxy = self.settings.behind_proxy and conn.address.name == LOCALHOST
         if protocol.opened:
-            self.chat.greet(connection)
-        self._reconcile(connection)
-        self._evict(connection)
+            self.chat.greet(conn)
+        self._reconcile(conn)
+        self._evict(conn)
 
-    def _evict(self, connection: Connection) -> None:
+    def _evict(self, conn: Connection) -> None:
         """Close the oldest of those departing, while there are too many like this one."""
-        while surplus := self.limiter.surplus(connection):
+        while surplus := self.limiter.surplus(conn):
             if surplus.is_unfinished:
                 self._drop(surplus, "too many connections")
             else:
                 self._close(surplus)
 
     # One connection
-    def _guard(self, step: Callable[[Connection], None], connection: Connection) -> None:
+    def _guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
         """Take a step with one connection; if it fails, drop that one alone."""
-        if connection not in self.connections:
+        if conn not in self.connections:
             return
         try:
-            step(connection)
+            step(conn)
             return
         except OSError as error:
             why = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", connection.origin)
+            logger.exception("an internal error, with %s", conn.origin)
             why = "an internal error"
-        self._drop(connection, why)  # not above, where a traceback keeps a view of the log
+        self._drop(conn, why)  # not above, where a traceback keeps a view of the log
 
-    def _ready_at(self, connection: Connection) -> float:
+    def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
-        if connection.state is CLOSING:
+        if conn.state is CLOSING:
             return self.now  # it is discarded
-        chat, private_bytes = self.chat, connection.outbox.private_bytes
-        if self.paused or chat.new_bytes > ITERATION_LIMIT or private_bytes > PRIVATE_LIMIT:
+        must_read = conn.outbox.private_bytes > PRIVATE_LIMIT
+        if self.paused or must_read or self.chat.new_bytes > ITERATION_LIMIT:
             return NEVER
-        return max(connection.bucket.ready_at, connection.address.bucket.ready_at)
+        return max(conn.bucket.ready_at, conn.address.bucket.ready_at)
 
-    def _read(self, connection: Connection) -> None:
+    def _read(self, conn: Connection) -> None:
         """Read ahead; `_reconcile` asks for it only where there is space."""
         try:
-            data = connection.sock.recv(min(READ_SIZE, READ_AHEAD - len(connection.read_buffer)))
+            data = conn.sock.recv(min(READ_SIZE, READ_AHEAD - len(conn.read_buffer)))
         except BlockingIOError:
             return
         except OSError as error:
-            if connection not in self.ready:
+            if conn not in self.ready:
                 raise
-            self._lose(connection, error.strerror)  # what they sent before is still said
+            self._lose(conn, error.strerror)  # what they sent before is still said
             data = b""
-        connection.unanswered = 0
-        connection.read_buffer += data
-        connection.protocol.scan(data)
-        connection.eof = not data
-        self.ready[connection] = None
+        conn.unanswered = 0
+        conn.read_buffer += data
+        conn.protocol.scan(data)
+        conn.eof = not data
+        self.ready[conn] = None
 
-    def _process_input(self, connection: Connection) -> None:
+    def _process_input(self, conn: Connection) -> None:
         """Feed the protocol what one token buys (at rate 0, one read), and handle its messages."""
-        protocol = connection.protocol
+        protocol = conn.protocol
         budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
-        self.chat.changed[connection] = None
-        while connection.state is not CLOSING:
-            if self._ready_at(connection) > self.now:
+        self.chat.changed[conn] = None
+        while conn.state is not CLOSING:
+            if self._ready_at(conn) > self.now:
                 if not protocol.interrupted:
                     return
-                protocol.interrupt(connection.read_buffer)
+                protocol.interrupt(conn.read_buffer)
             message = protocol.next()
             if protocol.replies:
-                self.chat.send_raw(connection, protocol.replies)
+                self.chat.send_raw(conn, protocol.replies)
                 protocol.replies = b""
             if message is not None:
-                self.chat.handle(connection, message)
+                self.chat.handle(conn, message)
                 if message is REQUESTED:
-                    self._evict(connection)  # a proxy may have told another address
-            elif connection.read_buffer:
+                    self._evict(conn)  # a proxy may have told another address
+            elif conn.read_buffer:
                 if not budget:
                     return
-                data = connection.read_buffer[:budget]
-                connection.read_buffer = connection.read_buffer[budget:]
+                data, conn.read_buffer = conn.read_buffer[:budget], conn.read_buffer[budget:]
                 budget = 0
-                self.limiter.charge(connection, len(data) / BYTES_PER_TOKEN)
+                self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
                 protocol.feed(data)
-            elif connection.eof:
+            elif conn.eof:
                 protocol.feed(b"")
             else:
                 break
-        self.ready.pop(connection, None)
+        self.ready.pop(conn, None)
 
-    def _reconcile(self, connection: Connection) -> None:
+    def _reconcile(self, conn: Connection) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
-        outbox = connection.outbox
-        if outbox.has_pending and connection not in self.blocked:
-            self._flush(connection)
+        outbox = conn.outbox
+        if outbox.has_pending and conn not in self.blocked:
+            self._flush(conn)
         if outbox.has_pending:
-            self.blocked[connection] = None
+            self.blocked[conn] = None
         else:
-            self.blocked.pop(connection, None)
-        if connection.state is CLOSING:
-            connection.read_buffer = b""
-            self.ready.pop(connection, None)
+            self.blocked.pop(conn, None)
+        if conn.state is CLOSING:
+            conn.read_buffer = b""
+            self.ready.pop(conn, None)
             if not outbox.has_pending:
-                if connection.eof:
-                    self._close(connection)
+                if conn.eof:
+                    self._close(conn)
                     return
                 # To close with input unread resets the connection (RFC 1122, 4.2.2.13).
-                self._shutdown(connection, socket.SHUT_WR)
-        reads = not connection.eof and len(connection.read_buffer) < READ_AHEAD
-        self._ask_selector(connection, READ * reads | WRITE * (connection in self.blocked))
+                self._shutdown(conn, socket.SHUT_WR)
+        reads = not conn.eof and len(conn.read_buffer) < READ_AHEAD
+        self._ask_selector(conn, READ * reads | WRITE * (conn in self.blocked))
 
-    def _flush(self, connection: Connection) -> None:
-        with connection.outbox.unsent() as unsent:
+    def _flush(self, conn: Connection) -> None:
+        with conn.outbox.unsent() as unsent:
             try:
-                connection.outbox.advance(connection.sock.send(unsent) if unsent else 0)
+                conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # its buffer is full
             except OSError as error:
-                self._lose(connection, error.strerror)
+                self._lose(conn, error.strerror)
 
-    def _lose(self, connection: Connection, why: str | None) -> None:
+    def _lose(self, conn: Connection, why: str | None) -> None:
         """Send nothing more, so that no peer reads past a gap; what was read is still processed."""
-        if not connection.outbox.write_closed:
-            level = logging.INFO if connection.state is CHATTING else logging.DEBUG
-            logger.log(level, "%s was lost: %s", connection.origin, why)
-            if connection.state is not CLOSING:
-                connection.timer_start = self.now
-            self.chat.changed[connection] = None
-            connection.outbox.close_writes()
-            self.limiter.depart(connection)
-            self._shutdown(connection, socket.SHUT_RDWR)
+        if not conn.outbox.write_closed:
+            level = logging.INFO if conn.state is CHATTING else logging.DEBUG
+            logger.log(level, "%s was lost: %s", conn.origin, why)
+            if conn.state is not CLOSING:
+                conn.timer_start = self.now
+            self.chat.changed[conn] = None
+            conn.outbox.close_writes()
+            self.limiter.depart(conn)
+            self._shutdown(conn, socket.SHUT_RDWR)
 
-    def _shutdown(self, connection: Connection, how: int) -> None:
+    def _shutdown(self, conn: Connection, how: int) -> None:
         try:
-            connection.sock.shutdown(how)
+            conn.sock.shutdown(how)
         except OSError as error:
             if error.errno != errno.ENOTCONN:  # the peer is gone already
                 raise
 
-    def _ask_selector(self, connection: Connection, events: int) -> None:
-        if events != connection.events:
-            if connection.events:
-                self.selector.unregister(connection.sock)
-            connection.events = events
+    def _ask_selector(self, conn: Connection, events: int) -> None:
+        if events != conn.events:
+            if conn.events:
+                self.selector.unregister(conn.sock)
+            conn.events = events
             if events:
-                self.selector.register(connection.sock, events, connection)
+                self.selector.register(conn.sock, events, conn)
 
-    def _drop(self, connection: Connection, reason: str) -> None:
+    def _drop(self, conn: Connection, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
-        if connection in self.connections:
-            if connection.state is not CLOSING:
-                self.chat.disconnect(connection, reason)
+        if conn in self.connections:
+            if conn.state is not CLOSING:
+                self.chat.disconnect(conn, reason)
             # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
-            with contextlib.suppress(OSError):  # it is closed all the same
-                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            self._close(connection)
+            with contextlib.suppress(OSError):  # it is closed anyway
+                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self._close(conn)
 
-    def _close(self, connection: Connection) -> None:
+    def _close(self, conn: Connection) -> None:
         for kept in (self.connections, self.ready, self.blocked):
-            kept.pop(connection, None)
-        self.limiter.remove(connection)
+            kept.pop(conn, None)
+        self.limiter.remove(conn)
         with contextlib.suppress(OSError, KeyError):  # it failed, or is not registered
-            self.selector.unregister(connection.sock)
-        with contextlib.suppress(OSError):  # there is nothing else to do
-            connection.sock.close()
-        connection.outbox.close_writes()  # operators may still find this person
+            self.selector.unregister(conn.sock)
+        with contextlib.suppress(OSError):  # nothing else to do
+            conn.sock.close()
+        conn.outbox.close_writes()  # operators may still find this person
 
 
 # --------------------------------------------------------------------------
@@ -2078,7 +2077,7 @@ class Web(Protocol):
             f"Content-Type: text/{kind}; charset=utf-8",
             f"Content-Length: {len(data)}",
             *("Connection: close", "Cache-Control: no-cache", "X-Content-Type-Options: nosniff"),
-            f"Content-Security-Policy: {content_security_policy()}",
+            f"Content-Security-Policy: {page_policy()}",
             *(*more, "", ""),
         ]
         self.replies += "\r\n".join(lines).encode() + data * (self._request[0] != "HEAD")
@@ -2506,7 +2505,7 @@ PAGE = f"""<!DOCTYPE html>
 
 
 @functools.lru_cache
-def content_security_policy() -> str:
+def page_policy() -> str:
     """What the page may do: run its own script and style, by their hashes, and no more."""
     return (
         f"default-src 'none'; script-src 'sha256-{digest('sha256', SCRIPT)}'; "
