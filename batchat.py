@@ -1287,12 +1287,13 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 
 class Connection(Person):
     """A person and their socket."""
-    __slots__ = ("eof", "events", "read_buffer", "sock", "unanswered")
+    __slots__ = ("eof", "events", "read_buffer", "sock", "unanswered", "unscanned")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log, rate, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
+        self.unscanned = b""  # read, but not searched for Ctrl-C yet
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
@@ -1419,6 +1420,8 @@ class Reactor:
         for conn in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
                 return
+            conn.protocol.scan(conn.unscanned)  # here, where time is limited
+            conn.unscanned = b""
             ready = self._ready_at(conn) <= self.now or conn.protocol.interrupted
             if ready and conn in self.ready:
                 self.ready[conn] = self.ready.pop(conn)  # behind its equals
@@ -1426,11 +1429,10 @@ class Reactor:
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
-        offered, end = log.offered, log.end
+        offered, end, changed = log.offered, log.end, self.chat.changed
         size = end - offered
         if not size:
             return
-        changed = self.chat.changed
         with memoryview(log.data)[offered - log.start :] as news:
             for conn in log.readers:
                 outbox = conn.outbox
@@ -1582,7 +1584,7 @@ class Reactor:
             data = b""
         conn.unanswered = 0
         conn.read_buffer += data
-        conn.protocol.scan(data)
+        conn.unscanned += data
         conn.eof = not data
         self.ready[conn] = None
 
@@ -1627,7 +1629,7 @@ class Reactor:
         else:
             self.blocked.pop(conn, None)
         if conn.state is CLOSING:
-            conn.read_buffer = b""
+            conn.read_buffer = conn.unscanned = b""
             self.ready.pop(conn, None)
             if not outbox.has_pending:
                 if conn.eof:
@@ -1692,7 +1694,8 @@ class Reactor:
             self.selector.unregister(conn.sock)
         with contextlib.suppress(OSError):  # nothing else to do
             conn.sock.close()
-        conn.outbox.close_writes()  # operators may still find this person
+        conn.read_buffer = conn.unscanned = b""  # operators may still find this person
+        conn.outbox.close_writes()
 
 
 # --------------------------------------------------------------------------

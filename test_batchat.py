@@ -340,7 +340,8 @@ def assert_nothing_is_kept(reactor: batchat.Reactor):
     kept = [reactor.connections, reactor.ready, reactor.blocked]
     kept += [reactor.chat.people, reactor.chat._ignorers]
     kept += [each.connections for each in quotas] + [each.departing for each in quotas]
-    kept += [person.outbox.has_pending for *_, person in reactor.chat._former]
+    former = [person for *_, person in reactor.chat._former]
+    kept += [(each.outbox.has_pending or each.read_buffer) for each in former]
     assert not any([*kept, *(log.readers for log in reactor.chat.logs.values())])
 
 
