@@ -370,14 +370,13 @@ Message = Union[str, int]
 
 class Protocol:
     """A protocol without sockets: `feed` it bytes, take the `next` message."""
-    __slots__ = ("ban", "behind_proxy", "caller", "ended", "interrupted", "replies")
+    __slots__ = ("ban", "behind_proxy", "caller", "ended", "replies")
 
     ECHO = False  # whether speakers are sent what they say
     PING = b""  # what keeps a connection alive
 
     def __init__(self) -> None:
         self.ended = False  # nothing more will be fed
-        self.interrupted = False  # Ctrl-C was read, and perhaps not fed yet
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer's X-Forwarded-For
         self.caller = ""  # the address in it
@@ -399,11 +398,12 @@ class Protocol:
         """The next line or signal; None if more must be read first."""
         raise NotImplementedError
 
-    def scan(self, data: bytes) -> None:
-        """Look for Ctrl-C in what was just read, and will be fed later."""
+    def take_interrupt(self, unfed: bytes, new: int) -> bool:
+        """Whether Ctrl-C is in the last `new` bytes of what was read, but not fed.
 
-    def interrupt(self, unfed: bytes) -> None:
-        """Obey Ctrl-C now: drop all before it, also what was not fed; DISCONNECT is next."""
+        If so, everything before it is dropped, and DISCONNECT comes next.
+        """
+        return False
 
     def close(self, code: str) -> bytes:
         """The last bytes, after a `closing` event with this code, if there was one."""
@@ -575,18 +575,22 @@ class Telnet(Protocol):
             self._asked = True
             self.replies += ASK_FOR_BINARY
 
-    def scan(self, data: bytes) -> None:
-        before, command = self._scanned
-        if command or IAC in data:
-            data, command, _ = split_commands(command + data, before)
-        self._scanned = (before + data)[-3:], command
-        if CTRL_C in data:
-            self.interrupted = True
-
-    def interrupt(self, unfed: bytes) -> None:
-        if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
-            self.replies += WONT_TIMING_MARK
-        self._key, self._text, self._at, self._skipping = CTRL_C, b"", 0, False
+    def take_interrupt(self, unfed: bytes, new: int) -> bool:
+        if self._key != CTRL_C:
+            if not new:
+                return False
+            if new >= len(unfed):  # nothing was scanned since the last feed
+                self._scanned = self._fed
+            before, command = self._scanned
+            text, command, _ = split_commands(command + unfed[-new:], before)
+            self._scanned = (before + text)[-3:], command
+            if CTRL_C not in text:
+                return False
+            self._key = CTRL_C
+            if DO_TIMING_MARK in unfed[-new:]:  # until it is answered, telnet shows nothing
+                self.replies += WONT_TIMING_MARK
+        self._text, self._at, self._skipping = b"", 0, False
+        return True
 
     def next(self) -> Message | None:
         while True:
@@ -1293,7 +1297,7 @@ class Connection(Person):
         super().__init__(origin, log, rate, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = b""  # read, but not searched for Ctrl-C yet
+        self.unscanned = 0  # bytes at its end in which Ctrl-C was not looked for
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
@@ -1420,12 +1424,11 @@ class Reactor:
         for conn in sorted(self.ready, key=lambda each: each.turn_at):
             if self.clock() > until:
                 return
-            conn.protocol.scan(conn.unscanned)  # here, where time is limited
-            conn.unscanned = b""
-            ready = self._ready_at(conn) <= self.now or conn.protocol.interrupted
-            if ready and conn in self.ready:
+            if conn in self.ready and self._ready_at(conn) <= self.now:
                 self.ready[conn] = self.ready.pop(conn)  # behind its equals
-                self._guard(self._process_input, conn)
+            elif not conn.unscanned:  # which may hold Ctrl-C
+                continue
+            self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1584,7 +1587,7 @@ class Reactor:
             data = b""
         conn.unanswered = 0
         conn.read_buffer += data
-        conn.unscanned += data
+        conn.unscanned += len(data)
         conn.eof = not data
         self.ready[conn] = None
 
@@ -1595,9 +1598,12 @@ class Reactor:
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
-                if not protocol.interrupted:
+                if conn.state is AWAITING_NAME:
+                    return  # they have said nothing that Ctrl-C could drop
+                new = min(conn.unscanned, len(conn.read_buffer))
+                conn.unscanned = 0
+                if not protocol.take_interrupt(conn.read_buffer, new):
                     return
-                protocol.interrupt(conn.read_buffer)
             message = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(conn, protocol.replies)
@@ -1629,7 +1635,7 @@ class Reactor:
         else:
             self.blocked.pop(conn, None)
         if conn.state is CLOSING:
-            conn.read_buffer = conn.unscanned = b""
+            conn.read_buffer = b""
             self.ready.pop(conn, None)
             if not outbox.has_pending:
                 if conn.eof:
@@ -1694,7 +1700,7 @@ class Reactor:
             self.selector.unregister(conn.sock)
         with contextlib.suppress(OSError):  # nothing else to do
             conn.sock.close()
-        conn.read_buffer = conn.unscanned = b""  # operators may still find this person
+        conn.read_buffer = b""  # operators may still find this person
         conn.outbox.close_writes()
 
 
