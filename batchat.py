@@ -399,10 +399,7 @@ class Protocol:
         raise NotImplementedError
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        """Whether Ctrl-C is in the last `new` bytes of what was read, but not fed.
-
-        If so, everything before it is dropped, and DISCONNECT comes next.
-        """
+        """Obey Ctrl-C in the last `new` bytes of what was not fed; returns if there was one."""
         return False
 
     def close(self, code: str) -> bytes:
@@ -472,9 +469,7 @@ KEYS = {
     b"\xf8": (b"\x15", b"\x95"),  # EL, erase line
     IAC: (IAC, IAC),  # the byte 255 itself
 }
-UNFINISHED = re.compile(
-    rb"(?: [\xc2-\xf4] | [\xe0-\xf4][\x80-\xbf] | [\xf0-\xf4][\x80-\xbf]{2} ) \Z", re.VERBOSE
-)
+UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
 # They send nothing at all for 85, which would be Ctrl-E.  What stands before a missing one:
 SWALLOWED = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
@@ -612,10 +607,7 @@ class Telnet(Protocol):
 # 5. Limiter
 
 class TokenBucket:
-    """Gains `rate` tokens a second (0: no limit), and holds those of BURST_SECONDS at most.
-
-    Anyone who has one may spend more of them, and then waits until the rest is paid off.
-    """
+    """Gains `rate` tokens a second, up to BURST_SECONDS' worth; 0 is no limit.  May be overspent."""
     __slots__ = ("rate", "ready_at")
 
     def __init__(self, rate: int) -> None:
