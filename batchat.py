@@ -607,7 +607,7 @@ class Telnet(Protocol):
 # 5. Limiter
 
 class TokenBucket:
-    """Gains `rate` tokens a second, up to BURST_SECONDS' worth; 0 is no limit.  May be overspent."""
+    """Gains `rate` tokens a second, up to BURST_SECONDS' worth; 0: no limit.  May be overspent."""
     __slots__ = ("rate", "ready_at")
 
     def __init__(self, rate: int) -> None:
