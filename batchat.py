@@ -2033,7 +2033,7 @@ class Web(Protocol):
                 self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # no zone
         except ValueError:
             return self._respond(HTTPStatus.BAD_REQUEST)
-        self._state, self._data = REQUEST, rest[0]
+        self._state = REQUEST
         return REQUESTED
 
     def _answer(self) -> Message:
@@ -2066,7 +2066,7 @@ class Web(Protocol):
         accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
         lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
         self.replies += "\r\n".join(lines).encode()
-        self._state = FRAMES
+        self._state, self._data = FRAMES, HEAD_END.split(self._data, 1)[1]
         return CONNECTED
 
     def _respond(self, status: HTTPStatus, *more: str, body: str = "", kind: str = "plain") -> int:
@@ -2081,7 +2081,7 @@ class Web(Protocol):
             f"Content-Security-Policy: {page_policy()}",
             *(*more, "", ""),
         ]
-        self.replies += "\r\n".join(lines).encode() + data * (self._request[0] != "HEAD")
+        self.replies += "\r\n".join(lines).encode() + data * (not self._data.startswith(b"HEAD "))
         self._state = NOTHING
         return DISCONNECT
 

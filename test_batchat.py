@@ -3319,7 +3319,7 @@ def test_http_response_has_its_headers():
 
 
 @cases("ban", "", "Your address is banned for 5 more minutes.")
-@cases("path", "/", "/hello", "/nothing")
+@cases("path", "/", "/hello", "/nothing", "/ not one", f"/{LONG * 3}")
 def test_http_head_request_gets_no_body(path, ban):
     """But the same headers as for GET."""
     replies = []
