@@ -576,13 +576,13 @@ class Telnet(Protocol):
                 return False
             if new >= len(unfed):  # nothing was scanned since the last feed
                 self._scanned = self._fed
-            before, command = self._scanned
-            text, command, _ = split_commands(command + unfed[-new:], before)
+            (before, command), ahead = self._scanned, unfed[-new:]
+            text, command, _ = split_commands(command + ahead, before)
             self._scanned = (before + text)[-3:], command
             if CTRL_C not in text:
                 return False
             self._key = CTRL_C
-            if DO_TIMING_MARK in unfed[-new:]:  # until it is answered, telnet shows nothing
+            if DO_TIMING_MARK in ahead:  # until it is answered, telnet shows nothing
                 self.replies += WONT_TIMING_MARK
         self._text, self._at, self._skipping = b"", 0, False
         return True
@@ -1101,8 +1101,9 @@ class Chat:
     def _find(self, name: str, former: bool = False) -> Person:
         """Who has this name, or else had it last, here or gone; raises CommandError."""
         key, since = name_key(name), self.limiter.now - REMEMBERED_SECONDS
-        had = {old: each for until, old, each in self._former if until > since} if former else {}
-        person = self.people.get(key) or had.get(key)
+        names = reversed(self._former) if former else ()
+        had = (each for until, old, each in names if old == key and until > since)
+        person = self.people.get(key) or next(had, None)
         if not person:
             raise CommandError(f"Nobody here is called {name}.")
         return person
@@ -1892,8 +1893,8 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [each.getsockname()[1] for each in listeners]
-    given = {name: value for name, value in vars(options).items() if value or type(value) is int}
-    chosen = ", ".join(f"{name} {value}" for name, value in given.items())
+    shown = [each for each in vars(options).items() if each[1] or type(each[1]) is int]
+    chosen = ", ".join(f"{name} {value}" for name, value in shown)
     what = f"BATCHAT {__version__}, process {os.getpid()}, ports {'/'.join(map(str, ports))}"
     logger.info("%s, %d connections at most; %s", what, most, chosen)
     announce(options.host, ports)
