@@ -2172,6 +2172,8 @@ const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "gap"]
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // words, field, words, ...
+const LINK =  // it has brackets only in pairs, and does not end with punctuation
+  /(https?:\/\/(?:[.,;:!?']*(?:[^\s<>".,;:!?'()[\]{}]|\([^\s<>"()]*\)|\[[^\s<>"[\]]*\]|\{[^\s<>"{}]*\}))+)/i;
 const find = selector => document.querySelector(selector);
 const [log, lines, waiting, more, form, input, status, who, list] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
@@ -2385,31 +2387,20 @@ function element(tag, more, ...children) {
   made.append(...children);
   return made;
 }
-function hueOf(one) {  // far from the one before it
-  const hue = hues.get(one) ?? (nextHue += 137) % 360;
-  hues.delete(one); hues.set(one, hue);  // at the end
+function hueOf(one) {  // each is far from the one before it
+  if (!hues.has(one)) hues.set(one, nextHue += 137);
   if (hues.size > 1000) hues.delete(hues.keys().next().value);
-  return hue;
+  return hues.get(one);
 }
 function linked(text) {  // as nodes; a link that goes elsewhere than it seems to names its host
-  const parts = text.split(/(https?:\/\/[^\s<>"]+)/i);
+  const parts = text.split(LINK);
   parts.push(parts.splice(20).join(""));  // the rest, after ten links
   return parts.flatMap((part, at) => {
-    const address = at % 2 ? withoutPunctuation(part) : "", url = URL.canParse(address) && new URL(address);
-    if (!url || url.username || url.password) return [part];
+    const url = at % 2 && URL.canParse(part) && new URL(part);
+    if (!url || url.username || url.password) return part;
     const how = { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", dir: "ltr" };
-    const host = address.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`;
-    return [element("a", how, address), host + part.slice(address.length)];
+    return [element("a", how, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
-}
-function withoutPunctuation(address) {  // at its end; nor brackets that it does not open
-  let open = [], length = 0;
-  address.split("").forEach((letter, at) => {
-    const bracket = "([{)]}".indexOf(letter), closes = bracket >= 3 && open.at(-1) === bracket - 3;
-    if (closes || bracket < 0 && !".,;:!?'".includes(letter)) length = at + 1;
-    if (bracket >= 3) open.pop(); else if (bracket >= 0) open.push(bracket);
-  });
-  return address.slice(0, length);
 }
 const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
 function toEnd() { log.scrollTop = log.scrollHeight; [following, sizes] = [true, sizesNow()]; }
@@ -2429,9 +2420,8 @@ for (const each of [log, lines]) new ResizeObserver(() => following && toEnd()).
 document.onvisibilitychange = () => { if (!document.hidden) { [unread, called] = [0, false]; count(); } };
 
 // The keyboard
-const canSay = () => socket.readyState === WebSocket.OPEN && ["naming", "chatting"].includes(state) && !arriving;
-function say(text) {  // returns whether the input may be cleared
-  const line = text.replace(/\t/g, " ").replace(/[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, "");
+const canSay = () => ["naming", "chatting"].includes(state) && !arriving;
+function say(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
   if (bytes > maxLine) return tell(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
