@@ -2167,31 +2167,31 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 """  # noqa: E501
 
 SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, VERSION = {EVENTS_VERSION};' + r"""
-const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // characters in a block; blocks kept; least size of a line
-const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "gap"];
-const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line with a password
+const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // BLOCKS of BLOCK characters are kept; a line counts as SHORT at least
+const TALK = ["said", "did", "whisper"];
+const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line that may hold one
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
-for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // words, field, words, ...
+for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
 const LINK =  // it has brackets only in pairs, and does not end with punctuation
   /(https?:\/\/(?:[.,;:!?']*(?:[^\s<>".,;:!?'()[\]{}]|\([^\s<>"()]*\)|\[[^\s<>"[\]]*\]|\{[^\s<>"{}]*\}))+)/i;
 const find = selector => document.querySelector(selector);
 const [log, lines, waiting, more, form, input, status, who, list] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
-let stored = {};  // over a reload
-try { stored = sessionStorage; } catch { /* refused */ }
-// calling: on the way into the room;  naming: the room waits for a name;  chatting;  left: the user has to call again
-let state, socket, name, mention;  // mention: matches our name in a text
-let closing, pause = 1;  // why the server has disconnected us, while we try again; seconds until the next try
-let lostAt = 0, awaySince = 0;  // the server may still have our name since then; there is a gap since then
-let arriving = false, asked = false;  // a history may follow; the answer to our own /who will
-let room, seen, maxLine;  // the server's run, its highest event id so far; bytes
-let people = new Map(), hues = new Map(), nextHue = 0;  // name -> operator or not; name -> hue
-let queue = [], queued = 0, pending = [];  // events to paint, their size; own lines, not come back
-let block, space = 0, lastDay = new Date().toDateString();  // what is filled with lines, how much fits in
-let following = true, sizes, below = 0;  // the end stays in sight; sizes when it came there; lines below
-let unread = 0, called = false;  // lines in a hidden tab; one of them is for us
-let typed = [], typedAt = 0, draft;  // lines entered; where ArrowUp is; what was there before
-let parked = "", completing = {};  // typed before a name was asked for again; the names that Tab goes through
+let stored = {};  // the name, over a reload
+try { stored = sessionStorage; } catch { /* the user does not allow it */ }
+let state, socket;  // "calling", "naming" (the room waits for a name), "chatting", "left" (until the user rejoins)
+let name, mention, parked = "";  // our name; what finds it in a text; what was typed before a name was refused
+let closing, pause = 1;  // why the server refused us last; seconds until the next try
+let lostAt = 0, awaySince = 0;  // when we lost a connection, and with it our name; when we were last in the room
+let arriving = false, asked = false;  // the history may come next; people will, whom the user did not ask for
+let room, seen, maxLine;  // the id of this run of the server, its last event that we saw; bytes
+let people = new Map(), hues = new Map(), nextHue = 0;  // by name: whether an operator; the hue of a name
+let queue = [], queued = 0, pending = [];  // events to paint, their size; own lines that have not come back
+let block, space = 0, lastDay = new Date().toDateString();  // the last block, how much it still takes
+let following = true, sizes, below = 0;  // whether the end stays in sight; sizes then; new lines below
+let unread = 0, called = false;  // talk in a hidden tab; whether some is for us
+let typed = [], typedAt = 0, draft;  // lines entered; which one the arrow keys show; what was there before
+let completing = {};  // the names that Tab goes through
 
 // The connection
 function connect() {
@@ -2279,11 +2279,12 @@ function setName(value) {
   find("form button").textContent = name ? "Send" : "Join";
 }
 function tell(text) { status.textContent = text; }
-function resume(events) {  // after a welcome: show what we have not seen of the history, null where there is none
+function resume(events) {  // show what is new to us of the history; null if the server keeps none
   let missed = (events || []).filter(event => event.id > seen);
   if (awaySince) {
     const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
-    show({ type: "gap", text: `You were away for ${long}.${events ? "" : " Messages of that time are not shown."}` }, "past");
+    const note = events ? "" : " Messages of that time are not shown.";
+    show({ type: "gap", text: `You were away for ${long}.${note}` }, "past");
   } else if (missed.length) {
     const since = dateOf(missed[0]).toLocaleString("sv").slice(0, 16);
     missed = [{ type: "history", since }, ...missed, { type: "history_end" }];
@@ -2293,18 +2294,18 @@ function resume(events) {  // after a welcome: show what we have not seen of the
   giveUp();
 }
 
-// Own lines: pending until they come back
-function pendingOf(line) {  // the event that it will be; none of other commands
-  const me = /^\s*\/me\s+(?=\S)/i.exec(line), at = Date.now() / 1000;
-  if (me) return [{ type: "did", at, name, text: line.slice(me[0].length).trim() }];
-  if (/^\s*\/(?!\/)/.test(line) || PASSWORD.test(line)) return [];
+// Own lines are pending until they come back
+function pendingOf(line) {  // the event that will come back, if any
+  const me = line.match(/^\s*\/me\s+(\S.*)/i), at = Date.now() / 1000;
+  if (me) return [{ type: "did", at, name, text: me[1].trimEnd() }];
+  if (/^\s*\/(?!\/)/.test(line)) return [];  // another command
   return [{ type: "said", at, name, text: line.replace(/^\s*\/\//, "/") }];
 }
-function confirm(event) {  // drop the pending line that has come back, or the oldest: the room may change a text
+function confirm(event) {  // if the room has changed its text, it is the oldest
   if (!isOwn(event)) return;
   const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
   if (!arriving) pending.splice(0, Math.max(at, 0) + 1);  // those before it were not said
-  else if (at >= 0) pending.splice(at, 1);  // a line of the history may be older than all that are pending
+  else if (at >= 0) pending.splice(at, 1);  // other lines of the history may be older than all pending ones
 }
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
@@ -2329,7 +2330,7 @@ function isCalled(event) {
   return name && ["said", "did"].includes(event.type) && !isOwn(event) && mention.test(event.text);
 }
 function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
-  if (!templates[event.type]) return;  // of a later server
+  if (!templates[event.type]) return;  // from a newer server
   if (event.id > seen) seen = event.id;
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
@@ -2340,13 +2341,13 @@ function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed"
   for (queued += size; queued > BLOCKS * BLOCK;) queued -= queue.shift().size;
   paintSoon();
 }
-function soon(what, ms) {  // once for all calls within so long
+function soon(what, ms) {  // a function that runs `what` once for all its calls within that time
   let timer = 0;
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, ms); };
 }
 const paintSoon = soon(() => paint(), 40), listSoon = soon(listPeople, 100);
-function paint() {  // at most one block, so that the page stays quick
-  scrolled();  // the browser may not have told us yet
+function paint() {  // at most one block at a time, so that the page stays responsive
+  scrolled();  // its event may be yet to come
   if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
   while (queue.length && space > 0) {
     const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
@@ -2370,12 +2371,12 @@ function paragraph(event) {
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
   });
   if (how === "unconfirmed") parts.push(" (not confirmed)");
-  if (UNDATED.includes(type)) return element("p", { className }, ...parts);
+  if (["greeting", "prompt", "gap"].includes(type)) return element("p", { className }, ...parts);
   const time = element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5));
   return element("p", { className }, time, ...parts);
 }
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
-const fields = {  // as nodes; all others are text
+const fields = {  // how to show those that are not just text
   name: person, to: person, from: person, by: person,
   banner: text => element("pre", { ariaHidden: "true" }, text),
   names: all => all.flatMap(({ name, operator, address }, at) =>
@@ -2387,14 +2388,14 @@ function element(tag, more, ...children) {
   made.append(...children);
   return made;
 }
-function hueOf(one) {  // each is far from the one before it
+function hueOf(one) {  // far from the one before
   if (!hues.has(one)) hues.set(one, nextHue += 137);
   if (hues.size > 1000) hues.delete(hues.keys().next().value);
   return hues.get(one);
 }
-function linked(text) {  // as nodes; a link that goes elsewhere than it seems to names its host
+function linked(text) {  // a link that does not go where it seems to is followed by its host
   const parts = text.split(LINK);
-  parts.push(parts.splice(20).join(""));  // the rest, after ten links
+  parts.push(parts.splice(20).join(""));  // ten links are enough
   return parts.flatMap((part, at) => {
     const url = at % 2 && URL.canParse(part) && new URL(part);
     if (!url || url.username || url.password) return part;
@@ -2404,7 +2405,7 @@ function linked(text) {  // as nodes; a link that goes elsewhere than it seems t
 }
 const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
 function toEnd() { log.scrollTop = log.scrollHeight; [following, sizes] = [true, sizesNow()]; }
-function scrolled() {  // by the user, unless sizes have changed
+function scrolled() {  // by the user, unless a size has changed
   if (following && sizes !== sizesNow()) toEnd();
   else following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 }
@@ -2427,8 +2428,7 @@ function say(line) {  // returns whether the input may be cleared
   if (bytes > maxLine) return tell(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
   socket.send(line);
   if (state !== "chatting") return true;
-  pending.push(...pendingOf(line));
-  if (!PASSWORD.test(line)) typed.push(line);
+  if (!PASSWORD.test(line)) { pending.push(...pendingOf(line)); typed.push(line); }
   typedAt = typed.length;
   toEnd();
   paintSoon();
@@ -2438,10 +2438,11 @@ form.onsubmit = event => {
   event.preventDefault();
   if (state !== "left" && !canSay()) return;
   tell("");
-  if (state === "left") { setName(input.value.trim()); connect(); } else if (!say(input.value)) return;
-  input.value = "";  // in other cases it stays
+  if (state === "left") { setName(input.value.trim()); connect(); }
+  else if (!say(input.value)) return;
+  input.value = "";  // otherwise it stays
 };
-input.onpaste = event => {  // an input would make one line of many
+input.onpaste = event => {  // by itself, an input joins many lines into one
   const all = event.clipboardData.getData("text").split(/\r\n?|\n/);
   if (all.length === 1 || !canSay()) return;
   event.preventDefault();
@@ -2461,7 +2462,7 @@ input.onkeydown = event => {
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
 const inputNow = () => `${input.selectionStart} ${input.value}`;
-function complete() {  // the name before the cursor, or put the next one there; returns whether there is any
+function complete() {  // put the next name that fits before the cursor; returns whether there is one
   if (completing.made !== inputNow()) {
     const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
     const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
@@ -2477,7 +2478,7 @@ function complete() {  // the name before the cursor, or put the next one there;
 onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
 who.ontoggle = list.onmouseleave = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
-onpagehide = () => socket.close();  // a browser may keep the page, and with it the connection
+onpagehide = () => socket.close();  // a browser may keep a page that was left, and its connection
 setName(stored.name || "");
 connect();
 """  # noqa: E501
