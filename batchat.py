@@ -2167,8 +2167,8 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 """  # noqa: E501
 
 SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, VERSION = {EVENTS_VERSION};' + r"""
-const BLOCK = 6000, BLOCKS = 50, SHORT = 60;  // BLOCKS of BLOCK characters are kept; a line counts as SHORT at least
-const TALK = ["said", "did", "whisper"];
+const BLOCK = 6000, BLOCKS = 50;  // characters in a block of lines; blocks that are kept
+const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "gap"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line that may hold one
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2179,18 +2179,18 @@ const [log, lines, waiting, more, form, input, status, who, list] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
-let state, socket;  // "calling", "naming" (the room waits for a name), "chatting", "left" (until the user rejoins)
-let name, mention, parked = "";  // our name; what finds it in a text; what was typed before a name was refused
+// "calling", "naming" (we are asked for a name), "arriving" (the history may come next), "chatting", "left"
+let state, socket;
+let name, mention, parked = "";  // finds our name in a text; what was typed before a name was refused
 let closing, pause = 1;  // why the server refused us last; seconds until the next try
-let lostAt = 0, awaySince = 0;  // when we lost a connection, and with it our name; when we were last in the room
-let arriving = false, asked = false;  // the history may come next; people will, whom the user did not ask for
-let room, seen, maxLine;  // the id of this run of the server, its last event that we saw; bytes
-let people = new Map(), hues = new Map(), nextHue = 0;  // by name: whether an operator; the hue of a name
-let queue = [], queued = 0, pending = [];  // events to paint, their size; own lines that have not come back
-let block, space = 0, lastDay = new Date().toDateString();  // the last block, how much it still takes
-let following = true, sizes, below = 0;  // whether the end stays in sight; sizes then; new lines below
-let unread = 0, called = false;  // talk in a hidden tab; whether some is for us
-let typed = [], typedAt = 0, draft;  // lines entered; which one the arrow keys show; what was there before
+let awaySince = 0, asked = false;  // when we were last in the room; people will come, for the page alone
+let room, seen, maxLine;  // this run of the server; the highest id of an event; bytes
+let people = new Map(), hues = new Map(), nextHue = 0;  // name -> whether an operator; name -> hue
+let queue = [], queued = 0, pending = [];  // events to paint; their size; own lines that have not come back
+let block, space = 0, lastDay = new Date().toDateString();  // the last block; how much it still takes
+let following = true, sizes, below = 0;  // the end stays in sight; sizes then; new lines below
+let unread = 0, called = false;  // talk in a hidden tab; some is for us
+let typed = [], typedAt = 0, draft;  // lines entered; the one that the arrow keys show; what was there before
 let completing = {};  // the names that Tab goes through
 
 // The connection
@@ -2202,7 +2202,7 @@ function connect() {
   socket.onclose = disconnected;
 }
 function disconnected({ code }) {
-  if (state === "chatting") awaySince = lostAt = Date.now();
+  if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
   setPeople([]);
   if (closing ? ["full", "crowded", "shutdown"].includes(closing) : code !== 1000) {
     state = "calling";
@@ -2211,13 +2211,13 @@ function disconnected({ code }) {
     pause = Math.min(pause * 2, 30);
   } else {
     tell((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
-    [state, lostAt, closing] = ["left", 0, ""];
+    [state, pause, closing] = ["left", 1, ""];
     setName("");
     giveUp();
   }
 }
 function receive(event) {
-  if (arriving && event.type !== "history") resume(null);
+  if (state === "arriving" && event.type !== "history") resume(null);
   (handlers[event.type] || show)(event);
 }
 const handlers = {
@@ -2236,15 +2236,16 @@ const handlers = {
     [state, pause, closing] = ["naming", 1, ""];
   },
   error(event) {
-    if (state === "calling") {  // our lost connection may still have the name: try again
-      if (event.code === "name_taken" && Date.now() < lostAt + 150_000) return socket.close();
+    if (state === "calling") {
+      const reconnecting = pause !== 1 && Date.now() < awaySince + 150_000;  // the lost connection may have the name
+      if (reconnecting && event.code === "name_taken") return socket.close();
       [state, parked, input.value] = ["naming", input.value, ""];
       setName("");
     }
     show(event);
   },
   welcome(event) {
-    [state, pause, closing, arriving, asked] = ["chatting", 1, "", true, true];
+    [state, pause, closing, asked] = ["arriving", 1, "", true];
     setName(event.name);
     if (!awaySince) show(event);
     [input.value, parked] = [parked + input.value, ""];
@@ -2290,7 +2291,7 @@ function resume(events) {  // show what is new to us of the history; null if the
     missed = [{ type: "history", since }, ...missed, { type: "history_end" }];
   }
   for (const event of missed) { confirm(event); show(event, awaySince ? "" : "past"); }
-  [arriving, awaySince] = [false, 0];
+  [state, awaySince] = ["chatting", 0];
   giveUp();
 }
 
@@ -2304,7 +2305,7 @@ function pendingOf(line) {  // the event that will come back, if any
 function confirm(event) {  // if the room has changed its text, it is the oldest
   if (!isOwn(event)) return;
   const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
-  if (!arriving) pending.splice(0, Math.max(at, 0) + 1);  // those before it were not said
+  if (state === "chatting") pending.splice(0, Math.max(at, 0) + 1);  // those before it were not said
   else if (at >= 0) pending.splice(at, 1);  // other lines of the history may be older than all pending ones
 }
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
@@ -2336,16 +2337,16 @@ function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed"
     unread += 1;
     called ||= event.type === "whisper" || isCalled(event);
   }
-  const size = Math.max(SHORT, (event.text || "").length);
+  const size = 50 + (event.text || "").length;  // with its name and time
   queue.push({ ...event, how, size });
   for (queued += size; queued > BLOCKS * BLOCK;) queued -= queue.shift().size;
   paintSoon();
 }
-function soon(what, ms) {  // a function that runs `what` once for all its calls within that time
+function soon(what) {  // a function that runs `what` once for all its calls within 40 ms
   let timer = 0;
-  return () => { timer ||= setTimeout(() => { timer = 0; what(); }, ms); };
+  return () => { timer ||= setTimeout(() => { timer = 0; what(); }, 40); };
 }
-const paintSoon = soon(() => paint(), 40), listSoon = soon(listPeople, 100);
+const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
 function paint() {  // at most one block at a time, so that the page stays responsive
   scrolled();  // its event may be yet to come
   if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
@@ -2364,16 +2365,16 @@ function paint() {  // at most one block at a time, so that the page stays respo
   count();
 }
 function paragraph(event) {
-  const { type, how } = event, date = dateOf(event), own = TALK.includes(type) && isOwn(event);
-  const className = [type, how, own && "own", isCalled(event) && "mention"].filter(Boolean).join(" ");
+  const { type, how } = event, own = TALK.includes(type) && isOwn(event) && "own";
+  const className = [type, how, own, isCalled(event) && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, at, all) => {  // an empty field drops its colon
     if (at % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
   });
+  const date = dateOf(event), dateTime = date.toISOString();
+  if (!UNDATED.includes(type)) parts.unshift(element("time", { dateTime }, date.toTimeString().slice(0, 5)));
   if (how === "unconfirmed") parts.push(" (not confirmed)");
-  if (["greeting", "prompt", "gap"].includes(type)) return element("p", { className }, ...parts);
-  const time = element("time", { dateTime: date.toISOString() }, date.toTimeString().slice(0, 5));
-  return element("p", { className }, time, ...parts);
+  return element("p", { className }, ...parts);
 }
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // how to show those that are not just text
@@ -2418,10 +2419,10 @@ function count() {
 log.onscroll = () => { scrolled(); count(); };
 more.onclick = () => { toEnd(); count(); input.focus(); };
 for (const each of [log, lines]) new ResizeObserver(() => following && toEnd()).observe(each);
-document.onvisibilitychange = () => { if (!document.hidden) { [unread, called] = [0, false]; count(); } };
+document.onvisibilitychange = () => { [unread, called] = [0, false]; count(); };
 
 // The keyboard
-const canSay = () => ["naming", "chatting"].includes(state) && !arriving;
+const canSay = () => ["naming", "chatting"].includes(state);
 function say(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line

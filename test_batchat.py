@@ -4024,7 +4024,7 @@ def test_page_keeps_what_is_typed_before_welcome(mike, jonny, page_server, name)
         mike.gives("[state, input.value]", ["chatting", "draft"])
 
 
-@cases("early", "state = 'calling'", "arriving = true")
+@cases("early", "state = 'calling'", "state = 'arriving'")
 def test_page_sends_nothing_before_it_is_asked(page, early):
     page.does(early)
     page.enters("draft")
