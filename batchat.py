@@ -635,39 +635,31 @@ class Quota:
 
 
 class Address(Quota):
-    """An address with its token bucket and its ban; kept until its bucket is full."""
+    """An address, or an IPv6 /64, with its token bucket; kept until the bucket is full."""
 
     def __init__(self, name: str, limit: int, rate: int) -> None:
         super().__init__(limit, limit)
         self.name = name
         self.bucket = TokenBucket(rate)
-        self.banned_until = 0.0
-        self.banned_by = ""
 
-    def is_used(self, now: float) -> bool:
-        return self.connections > 0 or self.banned_until > now
 
-    def banned_minutes(self, now: float) -> int:
-        """How long it is still banned; 0 if it is not."""
-        return max(0, math.ceil((self.banned_until - now) / 60 - 1e-6))
+class Ban(NamedTuple):
+    until: float
+    by: str
 
 
 LOCALHOST = "localhost"
 
 
-def address_group(host: str, ours: str = "") -> str:
-    """What we count by: an IPv4 address, an IPv6 /64, or localhost; may raise ValueError.
-
-    In the network of `ours`, our end of the connection, every IPv6 address is one.
-    """
+@functools.lru_cache
+def address_names(host: str) -> tuple[str, str]:
+    """An address, and its IPv6 /64 if it has one; may raise ValueError."""
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_loopback:
-        return LOCALHOST
-    network = ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False)
-    near = ours and ipaddress.ip_address(ours.partition("%")[0]) in network
-    alone = address.version == 4 or address.is_link_local or near
-    return str(address if alone else network)
+    name = LOCALHOST if address.is_loopback else str(address)
+    if address.version == 4 or address.is_loopback or address.is_link_local:
+        return name, name
+    return name, str(ipaddress.ip_network((address, 64), strict=False))
 
 
 class Limiter:
@@ -677,13 +669,20 @@ class Limiter:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
         self.everyone = Quota(settings.max_connections, LOBBY)
-        self.addresses: dict[str, Address] = {}  # by address_group
+        self.addresses: dict[str, Address] = {}  # those who connect are counted by them
+        self.bans: dict[str, Ban] = {}  # by address or /64
+        self.networks: set[str] = set()  # our own: in them, each address counts alone
 
     def add(self, person: Person, host: str, ours: str = "") -> None:
-        """Count a connection; where there are too many, the person is rejected."""
-        group = address_group(host)  # in our own network, its ban holds for each address
-        banned = group in self.addresses and self.addresses[group].banned_minutes(self.now)
-        person.address = self.address(group if banned else address_group(host, ours))
+        """Count a connection; where there are too many, the person is rejected.
+
+        `ours` is our end of the connection; without it, all of a /64 counts as one.
+        """
+        name, network = person.address_names = address_names(host)
+        if ours:
+            self.networks.add(address_names(ours)[1])
+        near = ours and network in self.networks
+        person.address = self.address(name if near else network)
         for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
             quota.connections += 1
             if quota.limit and quota.free < 0:
@@ -705,10 +704,10 @@ class Limiter:
             quota.departing.pop(person, None)
 
     def address(self, name: str) -> Address:
-        """The address with this name, which address_group has made."""
+        """The address with this name, which address_names has made."""
         if name not in self.addresses:
             if len(self.addresses) >= ADDRESSES_LIMIT:
-                idle = (key for key, each in self.addresses.items() if not each.is_used(self.now))
+                idle = (key for key, each in self.addresses.items() if not each.connections)
                 self.addresses.pop(next(idle, ""), None)
             rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
             if name == LOCALHOST:
@@ -736,32 +735,32 @@ class Limiter:
         person.turn_at = max(person.turn_at, self.now) + tokens / share
 
     def tick(self) -> None:
-        """Forget the addresses that are idle."""
+        """Forget the addresses that are idle, and the bans that are over."""
         for address in list(self.addresses.values()):
             full_at = address.bucket.ready_at + BURST_SECONDS
-            if full_at <= self.now and not address.is_used(self.now):
+            if full_at <= self.now and not address.connections:
                 del self.addresses[address.name]
+        self.bans = {name: ban for name, ban in self.bans.items() if ban.until > self.now}
 
     def parse(self, text: str) -> str:
-        """The name of the address in `text`; "" if there is none."""
-        host, slash, _ = text.partition("/")
+        """What a ban of `text` is for: an address, or an IPv6 /64; "" if it is neither."""
         try:
-            single, group = str(ipaddress.ip_address(host)), address_group(host)
+            if "/" not in text:
+                name, network = address_names(text)
+                return name if network in self.networks else network
+            name = str(ipaddress.ip_network(text, strict=False))
+            return name if name == address_names(text.partition("/")[0])[1] else ""
         except ValueError:
             return ""
-        if slash:
-            return group if text == group else ""
-        return single if single in self.addresses else group
 
     def ban(self, name: str, minutes: int, by: str) -> None:
-        """Ban an address; a longer ban stays as it is."""
-        address, until = self.address(name), self.now + 60 * minutes
-        if until > address.banned_until:
-            address.banned_until, address.banned_by = until, by
+        """Ban an address or a /64; a longer ban stays as it is."""
+        self.bans[name] = max(self.bans.get(name, Ban(0, "")), Ban(self.now + 60 * minutes, by))
 
-    def bans(self) -> dict[str, Address]:
-        """The banned addresses, by name."""
-        return {key: each for key, each in self.addresses.items() if each.banned_minutes(self.now)}
+    def banned_minutes(self, *names: str) -> int:
+        """For how long any of these is still banned; 0 if none is."""
+        until = max((self.bans[each].until for each in names if each in self.bans), default=0)
+        return max(0, math.ceil((until - self.now) / 60 - 1e-6))
 
 
 # --------------------------------------------------------------------------
@@ -785,10 +784,11 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 class Person:
     """Somebody who is connected, as the chat knows them."""
-    __slots__ = ("address", "asked", "bucket", "name", "operator", "origin", "outbox", "protocol",
-                 "rejected", "state", "timer_start", "turn_at")
+    __slots__ = ("address", "address_names", "asked", "bucket", "name", "operator", "origin",
+                 "outbox", "protocol", "rejected", "state", "timer_start", "turn_at")
 
-    address: Address  # set by Limiter.add
+    address: Address  # set by Limiter.add, as is the next one
+    address_names: tuple[str, str]
 
     def __init__(self, origin: str, log: Log, rate: int, now: float) -> None:
         self.origin = origin  # where they connected from, for our own log
@@ -814,14 +814,15 @@ class History:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # lines
-        self._lines: deque[tuple[Event, str, int]] = deque()  # with their addresses and sizes
+        # With the names of their addresses, and their sizes.
+        self._lines: deque[tuple[Event, tuple[str, str], int]] = deque()
         self._size = 0  # bytes of text
         # In each format; made when a newcomer needs it, kept until the next line.
         self.encoded: dict[type[Protocol], bytes] = {}
 
-    def append(self, event: Event, address: str) -> None:
+    def append(self, event: Event, address_names: tuple[str, str]) -> None:
         size = len(event["text"].encode())
-        self._lines.append((event, address, size))
+        self._lines.append((event, address_names, size))
         self._size += size
         while len(self._lines) > self.limit or self._size > HISTORY_SIZE:
             self._size -= self._lines.popleft()[2]
@@ -829,7 +830,7 @@ class History:
 
     def forget(self, address: str) -> None:
         """Drop the lines that came from there."""
-        self._lines = deque(line for line in self._lines if line[1] != address)
+        self._lines = deque(line for line in self._lines if address not in line[1])
         self._size = sum(size for _, _, size in self._lines)
         self.encoded.clear()
 
@@ -938,7 +939,7 @@ class Chat:
                 self.new_bytes += len(data)
         if kind in ("said", "did"):
             if self.history.limit:
-                self.history.append(event, person.address.name)
+                self.history.append(event, person.address_names)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for each in self._ignorers.get(person, ()):
@@ -979,7 +980,7 @@ class Chat:
 
     def _ban_text(self, person: Person) -> str:
         """What a caller from a banned address is told; "" if it is not banned."""
-        minutes = person.address.banned_minutes(self.limiter.now)
+        minutes = self.limiter.banned_minutes(*person.address_names)
         more = "1 more minute" if minutes == 1 else f"{minutes} more minutes"
         return CLOSING_TEXT["banned"].format(text=more) if minutes else ""
 
@@ -1225,35 +1226,32 @@ class Chat:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
         if address == LOCALHOST:
             raise CommandError("localhost is never banned; /kick removes somebody.")
-        bans = self.limiter.bans()
-        if address not in bans and len(bans) >= BANS_LIMIT:
+        if address not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         if other and other.state is CHATTING:
             self._remove(other, person, f"banned for {minutes} min")
         self.history.forget(address)
         self.limiter.ban(address, minutes, person.name)
-        minutes = self.limiter.address(address).banned_minutes(self.limiter.now)
+        minutes = self.limiter.banned_minutes(address)
         logger.info("%s banned %s for %d min", person.name, address, minutes)
-        here = sum(each.address.name == address for each in self.people.values())
+        here = sum(address in each.address_names for each in self.people.values())
         text = f"{address} is banned for {minutes} min; others from there are here: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
-        bans = self.limiter.bans()
-        for name, address in bans.items():
-            minutes = address.banned_minutes(self.limiter.now)
-            text = f"{name} is banned for another {minutes} min, by {address.banned_by}."
+        for name, ban in self.limiter.bans.items():
+            minutes = self.limiter.banned_minutes(name)
+            text = f"{name} is banned for another {minutes} min, by {ban.by}."
             self.send(person, "notice", text=text)
-        if not bans:
+        if not self.limiter.bans:
             self.send(person, "notice", text="No address is banned.")
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, text: str) -> None:
-        address, bans = self.limiter.parse(text) or text, self.limiter.bans()
-        if address not in bans:
+        address = self.limiter.parse(text) or text
+        if not self.limiter.bans.pop(address, None):
             raise CommandError(f"{address} is not banned.")
-        bans[address].banned_until = 0
         logger.info("%s ended the ban of %s", person.name, address)
         self.send(person, "notice", text=f"{address} is no longer banned.")
 
