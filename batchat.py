@@ -258,7 +258,6 @@ class Outbox:
     the cursor at 100 and the splice (150, 20, b"hi"), log[100:150] is sent, then hi, then the log
     from 170 on.  Splices are in order.  Outside the room the cursor is FOREVER.
     """
-    __slots__ = ("cursor", "log", "private_bytes", "splices", "write_closed")
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -370,7 +369,6 @@ Message = Union[str, int]
 
 class Protocol:
     """A protocol without sockets: `feed` it bytes, take the `next` message."""
-    __slots__ = ("ban", "behind_proxy", "caller", "ended", "replies")
 
     ECHO = False  # whether speakers are sent what they say
     PING = b""  # what keeps a connection alive
@@ -522,7 +520,6 @@ class Telnet(Protocol):
 
     A client that has turned out to be a telnet is asked once for BINARY; others get only UTF-8.
     """
-    __slots__ = ("_after_cr", "_asked", "_at", "_fed", "_key", "_scanned", "_skipping", "_text")
 
     def __init__(self) -> None:
         super().__init__()
@@ -608,7 +605,6 @@ class Telnet(Protocol):
 
 class TokenBucket:
     """Gains `rate` tokens a second, up to BURST_SECONDS' worth; 0: no limit.  May be overspent."""
-    __slots__ = ("rate", "ready_at")
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
@@ -784,8 +780,6 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 class Person:
     """Somebody who is connected, as the chat knows them."""
-    __slots__ = ("address", "address_names", "asked", "bucket", "name", "operator", "origin",
-                 "outbox", "protocol", "rejected", "state", "timer_start", "turn_at")
 
     address: Address  # set by Limiter.add, as is the next one
     address_names: tuple[str, str]
@@ -1282,7 +1276,6 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 
 class Connection(Person):
     """A person and their socket."""
-    __slots__ = ("eof", "events", "read_buffer", "sock", "unanswered", "unscanned")
 
     def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
         super().__init__(origin, log, rate, now)
@@ -1971,7 +1964,6 @@ class Web(Protocol):
 
     On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's is lines.
     """
-    __slots__ = ("_data", "_lines", "_message", "_request", "_state")
 
     ECHO = True  # the confirmation, with the id of the event
     PING = frame(PING, b"")
