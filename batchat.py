@@ -109,9 +109,10 @@ def text_of(event: Event) -> str:
     """An event as telnet shows it, with newlines as line ends."""
     kind, template = event["type"], TEXT[event["type"]]
     if kind == "people":
-        names = ["@" * each["operator"] + each["name"] for each in event["people"]]
-        if event["people"] and "address" in event["people"][0]:
-            names = [f"{name} ({each['address']})" for name, each in zip(names, event["people"])]
+        names = [
+            "@" * each["operator"] + each["name"] + f" ({each.get('address')})" * ("address" in each)
+            for each in event["people"]
+        ]
         return template.format(count=len(names), names=", ".join(names))
     if kind == "help":
         width = max(len(usage) for usage, _ in event["commands"]) + 3
@@ -2124,11 +2125,11 @@ class Web(Protocol):
 
 
 STYLE = """
-:root { color-scheme: light dark; --paper: light-dark(#fff, #14161a); --ink: light-dark(#1b1b1b, #e8e8e6);
-  --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42); --own: light-dark(#0b5394, #8fc1ff); }
+:root { color-scheme: light dark; --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42);
+  --own: light-dark(#0b5394, #8fc1ff); }
 * { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
 body, main { display: flex; flex-direction: column; } main { flex: 1; overflow-y: auto; } #lines { margin-top: auto; }
-body { height: 100dvh; background: var(--paper); color: var(--ink);
+body { height: 100dvh; background: Canvas;
   font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
@@ -2137,7 +2138,7 @@ main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wra
 main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .gap { padding: .4em 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
 pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height: 1.2; }
-.greeting, .welcome, .prompt, .said, .did { color: var(--ink); } .past, .pending, .unconfirmed { color: var(--soft); }
+.greeting, .welcome, .prompt, .said, .did { color: CanvasText; } .past, .pending, .unconfirmed { color: var(--soft); }
 .whisper { color: light-dark(#7a1fa2, #dca6f5); } .whisper, .did { font-style: italic; }
 .own { box-shadow: inset 3px 0 var(--own); background: light-dark(#eef4fa, #1c242e); }
 .mention { background: light-dark(#fff3c4, #3a3312); } a { color: inherit; }
@@ -2147,11 +2148,11 @@ pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height
 form { display: flex; gap: .5rem; } input { flex: 1; min-width: 0; padding: .5rem .7rem; font: inherit;
   color: inherit; background: transparent; border: 1px solid var(--soft); border-radius: .4rem; }
 ::placeholder { color: var(--soft); opacity: 1; } #status:not(:empty) { margin-bottom: .4rem; }
-button { font: inherit; padding: .3rem .9rem; border: 0; border-radius: .4rem; color: var(--paper);
-  background: var(--own); } button, summary { cursor: pointer; } details { position: relative; }
+button { font: inherit; padding: .3rem .9rem; border: 0; border-radius: .4rem; color: Canvas; background: var(--own); }
+button, summary { cursor: pointer; } details { position: relative; }
 :focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
 ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem; list-style: none;
-  background: var(--paper); border: 1px solid var(--rule); border-radius: .4rem; }
+  background: Canvas; border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
@@ -2175,12 +2176,12 @@ let name, mention, parked = "";  // finds our name in a text; what was typed bef
 let closing, pause = 1;  // why the server refused us last; seconds until the next try
 let awaySince = 0, asked = false;  // when we were last in the room; people will come, for the page alone
 let room, seen, maxLine;  // this run of the server; the highest id of an event; bytes
-let people = new Map(), hues = new Map(), nextHue = 0;  // name -> whether an operator; name -> hue
+let people = new Map();  // name -> whether an operator
 let queue = [], queued = 0, pending = [];  // events to paint; their size; own lines that have not come back
 let block, space = 0, lastDay = new Date().toDateString();  // the last block; how much it still takes
 let following = true, sizes, below = 0;  // the end stays in sight; sizes then; new lines below
 let unread = 0, called = false;  // talk in a hidden tab; some is for us
-let typed = [], typedAt = 0, draft;  // lines entered; the one that the arrow keys show; what was there before
+let typed = [""], typedAt = 0;  // the lines entered, and what is typed now; which of them is shown
 let completing = {};  // the names that Tab goes through
 
 // The connection
@@ -2249,7 +2250,6 @@ const handlers = {
   kicked(event) { handlers.quit(event); },
   renamed(event) {
     people.set(event.to, people.get(event.name));
-    hues.set(event.to, hueOf(event.name));
     handlers.quit(event);
     if (isOwn(event)) setName(event.to);
   },
@@ -2366,6 +2366,7 @@ function paragraph(event) {
   if (how === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }
+const hueOf = one => [...one].reduce((hue, letter) => (hue + letter.codePointAt()) * 137 % 360, 0);
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // how to show those that are not just text
   name: person, to: person, from: person, by: person,
@@ -2378,11 +2379,6 @@ function element(tag, more, ...children) {
   const made = Object.assign(document.createElement(tag), more);
   made.append(...children);
   return made;
-}
-function hueOf(one) {  // far from the one before
-  if (!hues.has(one)) hues.set(one, nextHue += 137);
-  if (hues.size > 1000) hues.delete(hues.keys().next().value);
-  return hues.get(one);
 }
 function linked(text) {  // a link that does not go where it seems to is followed by its host
   const parts = text.split(LINK);
@@ -2419,8 +2415,10 @@ function say(line) {  // returns whether the input may be cleared
   if (bytes > maxLine) return tell(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
   socket.send(line);
   if (state !== "chatting") return true;
-  if (!PASSWORD.test(line)) { pending.push(...pendingOf(line)); typed.push(line); }
-  typedAt = typed.length;
+  const kept = PASSWORD.test(line) ? [] : [line];
+  pending.push(...kept.flatMap(pendingOf));
+  typed.splice(-1, 1, ...kept, "");
+  typedAt = typed.length - 1;
   toEnd();
   paintSoon();
   return true;
@@ -2445,10 +2443,10 @@ input.onpaste = event => {  // by itself, an input joins many lines into one
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
   const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  if (to >= 0 && to <= typed.length) {
+  if (to in typed) {
     event.preventDefault();
-    if (typedAt === typed.length) draft = input.value;
-    [typedAt, input.value] = [to, typed[to] ?? draft];
+    typed[typedAt] = input.value;
+    input.value = typed[typedAt = to];
   }
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
