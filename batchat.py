@@ -51,7 +51,7 @@ __version__ = "1.1.0"
 logger = logging.getLogger("batchat")
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 1. Events
 
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
@@ -138,7 +138,7 @@ def local_time(at: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 2. Limits
 
 # Lines and names
@@ -216,7 +216,7 @@ class Settings(NamedTuple):
     max_connections: int = 1_000_000
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 3. Log and Outbox
 
 FOREVER = 1 << 62  # an offset that no log ever reaches
@@ -357,7 +357,7 @@ class Outbox:
         self.cursor += sent
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 4. Telnet
 
 # What a protocol reports besides lines
@@ -601,7 +601,7 @@ class Telnet(Protocol):
             self._skipping = False
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 5. Limiter
 
 class TokenBucket:
@@ -680,6 +680,7 @@ class Limiter:
             self.networks.add(address_names(ours)[1])
         near = ours and network in self.networks
         person.address = self.address(name if near else network)
+        person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
             quota.connections += 1
             if quota.limit and quota.free < 0:
@@ -760,7 +761,7 @@ class Limiter:
         return max(0, math.ceil((until - self.now) / 60 - 1e-6))
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 6. Chat
 
 # The three states of a person.  Only Chat changes them.
@@ -782,12 +783,13 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 class Person:
     """Somebody who is connected, as the chat knows them."""
 
-    address: Address  # set by Limiter.add, as is the next one
+    # Limiter.add sets these.
+    address: Address
     address_names: tuple[str, str]
+    bucket: TokenBucket
 
-    def __init__(self, origin: str, log: Log, rate: int, now: float) -> None:
+    def __init__(self, origin: str, log: Log, now: float) -> None:
         self.origin = origin  # where they connected from, for our own log
-        self.bucket = TokenBucket(rate)
         self.protocol = log.protocol()
         self.outbox = Outbox(log)
         self.state = AWAITING_NAME
@@ -976,7 +978,7 @@ class Chat:
     def _ban_text(self, person: Person) -> str:
         """What a caller from a banned address is told; "" if it is not banned."""
         minutes = self.limiter.banned_minutes(*person.address_names)
-        more = "1 more minute" if minutes == 1 else f"{minutes} more minutes"
+        more = f"{minutes} more minute" + "s" * (minutes > 1)
         return CLOSING_TEXT["banned"].format(text=more) if minutes else ""
 
     def _join(self, person: Person, text: str) -> None:
@@ -1130,7 +1132,7 @@ class Chat:
         people = [self.people[key] for key in sorted(self.people)]
         rows: list[Event] = [{"name": each.name, "operator": each.operator} for each in people]
         for row, each in zip(rows, people if person.operator else ()):
-            row["address"] = each.origin.partition(" ")[0]
+            row["address"] = each.address_names[0]
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / READ_SIZE)
         self.send_raw(person, data)
@@ -1251,7 +1253,7 @@ class Chat:
         self.send(person, "notice", text=f"{address} is no longer banned.")
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 7. Reactor
 
 NEVER = float("inf")
@@ -1278,8 +1280,8 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 class Connection(Person):
     """A person and their socket."""
 
-    def __init__(self, sock: socket.socket, origin: str, log: Log, rate: int, now: float) -> None:
-        super().__init__(origin, log, rate, now)
+    def __init__(self, sock: socket.socket, origin: str, log: Log, now: float) -> None:
+        super().__init__(origin, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
         self.unscanned = 0  # bytes at its end in which Ctrl-C was not looked for
@@ -1507,7 +1509,7 @@ class Reactor:
             host, port = address[:2]
             origin = f"{re.sub('^::ffff:', '', host)} port {port}"  # IPv4 as such
             log = self.chat.logs[self.listeners[listener]]
-            conn = Connection(sock, origin, log, self.settings.rate, self.now)
+            conn = Connection(sock, origin, log, self.now)
             self.connections[conn] = None
             ours = ""
             with contextlib.suppress(OSError):  # the caller is gone again
@@ -1689,7 +1691,7 @@ class Reactor:
         conn.outbox.close_writes()
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 8. main
 
 def whole_number(most: int, text: str) -> int:
@@ -1896,7 +1898,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-# --------------------------------------------------------------------------
+# --------------------------------------
 # 9. The web
 
 # A request's head (RFC 9112, sections 2.2, 3 and 5).
@@ -2176,7 +2178,7 @@ let name, mention, parked = "";  // finds our name in a text; what was typed bef
 let closing, pause = 1;  // why the server refused us last; seconds until the next try
 let awaySince = 0, asked = false;  // when we were last in the room; people will come, for the page alone
 let room, seen, maxLine;  // this run of the server; the highest id of an event; bytes
-let people = new Map();  // name -> whether an operator
+let people = new Map(), hues = new Map();  // name -> whether an operator; name -> degrees
 let queue = [], queued = 0, pending = [];  // events to paint; their size; own lines that have not come back
 let block, space = 0, lastDay = new Date().toDateString();  // the last block; how much it still takes
 let following = true, sizes, below = 0;  // the end stays in sight; sizes then; new lines below
@@ -2243,13 +2245,12 @@ const handlers = {
     socket.send("/who");
   },
   history(event) { resume(event.events); },
-  said(event) { confirm(event); show(event); },
-  did(event) { handlers.said(event); },
   joined(event) { people.set(event.name, false); listSoon(); show(event); },
   quit(event) { people.delete(event.name); listSoon(); show(event); },
   kicked(event) { handlers.quit(event); },
   renamed(event) {
     people.set(event.to, people.get(event.name));
+    hues.set(event.to, hueOf(event.name));
     handlers.quit(event);
     if (isOwn(event)) setName(event.to);
   },
@@ -2280,7 +2281,7 @@ function resume(events) {  // show what is new to us of the history; null if the
     const since = dateOf(missed[0]).toLocaleString("sv").slice(0, 16);
     missed = [{ type: "history", since }, ...missed, { type: "history_end" }];
   }
-  for (const event of missed) { confirm(event); show(event, awaySince ? "" : "past"); }
+  for (const event of missed) show(event, awaySince ? "" : "past");
   [state, awaySince] = ["chatting", 0];
   giveUp();
 }
@@ -2293,7 +2294,7 @@ function pendingOf(line) {  // the event that will come back, if any
   return [{ type: "said", at, name, text: line.replace(/^\s*\/\//, "/") }];
 }
 function confirm(event) {  // if the room has changed its text, it is the oldest
-  if (!isOwn(event)) return;
+  if (!["said", "did"].includes(event.type) || !isOwn(event)) return;
   const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
   if (state === "chatting") pending.splice(0, Math.max(at, 0) + 1);  // those before it were not said
   else if (at >= 0) pending.splice(at, 1);  // other lines of the history may be older than all pending ones
@@ -2323,6 +2324,7 @@ function isCalled(event) {
 function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > seen) seen = event.id;
+  confirm(event);
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
     called ||= event.type === "whisper" || isCalled(event);
@@ -2366,7 +2368,11 @@ function paragraph(event) {
   if (how === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }
-const hueOf = one => [...one].reduce((hue, letter) => (hue + letter.codePointAt()) * 137 % 360, 0);
+function hueOf(one) {  // far from the one before
+  if (hues.size > 1000) hues.clear();
+  if (!hues.has(one)) hues.set(one, hues.size * 137);
+  return hues.get(one);
+}
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // how to show those that are not just text
   name: person, to: person, from: person, by: person,
