@@ -197,7 +197,7 @@ HISTORY_SIZE = 64 << 10  # bytes of text
 BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
-ADDRESSES_LIMIT = 10_000  # kept besides those in use or banned
+ADDRESSES_LIMIT = 10_000  # kept besides those in use
 REMEMBERED = 10_000  # former names, and wrong passwords
 REMEMBERED_SECONDS = 3600.0
 WRONG_PASSWORDS_WARNED = 10  # within that time, from one address
@@ -1781,10 +1781,9 @@ def open_listeners(options: argparse.Namespace) -> dict[socket.socket, type[Prot
 
 def announce(host: str | None, ports: list[int]) -> None:
     """Say how to join: on standard output, or else in the log."""
-    kinds = "IPv4 and IPv6" if socket.has_dualstack_ipv6() else "IPv4"
     name = host or "localhost"
     site = f"[{name}]" if ":" in name else name
-    text = f"BATCHAT listens on {host or f'every address ({kinds})'}, port {ports[0]}.\n"
+    text = f"BATCHAT listens on {host or 'every address'}, port {ports[0]}.\n"
     text += f"Join it: telnet {name} {ports[0]}"
     for port in ports[1:]:
         text += f", or in a browser: http://{site}:{port}/"
@@ -2148,11 +2147,10 @@ pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height
 .rows { display: grid; grid-template-columns: max-content 1fr; column-gap: 3ch; text-indent: 0; }
 @media (max-width: 500px) { .rows, .rows * { display: block; } .rows :nth-child(even) { padding-left: 2ch; } }
 form { display: flex; gap: .5rem; } input { flex: 1; min-width: 0; padding: .5rem .7rem; font: inherit;
-  color: inherit; background: transparent; border: 1px solid var(--soft); border-radius: .4rem; }
+  border: 1px solid var(--soft); border-radius: .4rem; }
 ::placeholder { color: var(--soft); opacity: 1; } #status:not(:empty) { margin-bottom: .4rem; }
 button { font: inherit; padding: .3rem .9rem; border: 0; border-radius: .4rem; color: Canvas; background: var(--own); }
 button, summary { cursor: pointer; } details { position: relative; }
-:focus-visible { outline: 3px solid var(--own); outline-offset: 1px; }
 ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem; list-style: none;
   background: Canvas; border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }

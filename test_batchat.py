@@ -1682,7 +1682,7 @@ def test_welcome_replaces_ours_and_is_cleaned():
 
 @cases(
     "options, where, joins",
-    ("", "every address (IPv4 and IPv6)", "localhost T, or in a browser: http://localhost:W/"),
+    ("", "every address", "localhost T, or in a browser: http://localhost:W/"),
     ("--host ::1", "::1", "::1 T, or in a browser: http://[::1]:W/"),
     ("--host 127.1.2.3", "127.1.2.3", "127.1.2.3 T, or in a browser: http://127.1.2.3:W/"),
     ("--host 127.1.2.3 --no-web --web-port 0", "127.1.2.3", "127.1.2.3 T"),
