@@ -2052,7 +2052,7 @@ def test_ban_refuses_an_address_for_its_time(kept, ann):
 def test_ban_takes_their_lines_out_of_the_history(kept, ann):
     """There is space for others again."""
     ann.types("hi")
-    mike, local = kept.join("mike", "203.0.113.5"), kept.join("local")
+    mike, local = kept.join("mike", "2001:db8::5"), kept.join("local")
     mike.types(*["spam" * 1000] * 16)
     local.types("me, too")
     ann.types("/ban mike", *[LONG] * 16)
@@ -2160,6 +2160,7 @@ def test_ban_in_our_own_network(kept, ann):
     kept.limiter.remove(gone)
     kept.wait(20)
     kept.limiter.add(behind_proxy, "2001:db8::5")
+    assert behind_proxy.address.name == "2001:db8::/64"
     for line, banned in [("/ban 2001:DB8::5", [0, 60, 60]), ("/unban 2001:DB8::5", [0, 0, 0]),
                          ("/ban 2001:db8::/64", [60, 60, 60])]:
         ann.types(line)
@@ -2174,8 +2175,8 @@ def test_ban_takes_any_spelling(kept, ann, line, banned):
 
 
 def test_who_shows_operators_each_address(kept, ann):
-    mike = kept.join("mike", "203.0.113.5")
-    for each, text in [(ann, "@ann (localhost), mike (203.0.113.5)"), (mike, "@ann, mike")]:
+    mike = kept.join("mike", "2001:db8::5")
+    for each, text in [(ann, "@ann (localhost), mike (2001:db8::5)"), (mike, "@ann, mike")]:
         each.types("/who")
         each.expect(f"* 2 here: {text}\n")
 
@@ -3809,7 +3810,8 @@ def test_page_confirms_the_line_that_came_back(page):
     """A line that the room did not say does not stay pending before one that it said."""
     page.does(MUTE)
     page.enters("one", "two", "three")
-    page.gives("waiting.childElementCount", 3)
+    page.receives(said(name="mike", type="renamed", to="mike"))
+    page.gives("[waiting.childElementCount, pending.length]", [3, 3])
     page.receives(said("two", "mike"))
     page.gives("waiting.childElementCount", 1)
     assert page.lines("#pending") == ["<mike> three"]
