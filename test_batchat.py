@@ -3864,6 +3864,8 @@ def test_page_loses_nothing_when_cut_off(mike, history):
         unsure = [f"{line} (not confirmed)" for line in (*heard, "<mike> not heard")]
         assert rest == ([*heard, "<ann> missed", unsure[2]] if history else unsure)
         assert mike.lines()[: len(shown)] == shown
+        what_is_new = mike.finds("#lines p", "className")[len(shown) + 1 :]
+        assert not [each for each in what_is_new if "past" in each]
         assert mike.lines("#pending") == []
         ann.expect("* mike has joined the chat\n")
         mike.enters("again")
@@ -3915,6 +3917,17 @@ def test_page_waits_until_its_name_is_free(mike, jonny):
     mike.shows("Reconnecting in 0.8 s \u2026")
     jonny.types("/nick jonny")
     jonny.expect("* mike is now known as jonny\n* mike has joined the chat\n")
+
+
+@cases(
+    "what, shown",
+    ("state = 'arriving'", "Reconnecting in 0.8 s \u2026"),
+    ("awaySince = Date.now() - 151_000", "* The name jonny is taken."),
+)
+def test_page_waits_150_s_for_its_name(mike, jonny, what, shown):
+    """Also if it was lost before the history came."""
+    mike.does(f"setName('jonny'); pause = 0.1; {what}; socket.close()")
+    mike.shows(shown)
 
 
 def test_page_pause_has_a_maximum(page):
@@ -3977,6 +3990,8 @@ def test_page_that_left_asks_for_a_name(mike, jonny):
     jonny.expect("* mike is now known as mick\n* mick has quit the chat\n")
     mike.shows("You left. Enter a name to rejoin.")
     mike.gives("find('form button').textContent", "Join")
+    mike.enters("jonny")
+    mike.shows("* The name jonny is taken.")
     mike.enters("ann")
     jonny.expect("* ann has joined the chat\n")
     mike.shows("You were away for")
