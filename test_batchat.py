@@ -2781,7 +2781,7 @@ def test_letter_without_its_ctrl_e_is_mended(letter):
     assert heard(text.encode().replace(b"\x85", b"") + b"\r\n") == [text]
 
 
-@cases("lines, seconds", (600, 0.0), (600, 3.0), (0, 0.0))
+@cases("lines, seconds", (5_585, 0.0), (600, 3.0), (0, 0.0))
 @cases(
     "reads",
     *([CTRL_C], [b"\xff\xf3" + MARK], [b"\xff\xf1" + CTRL_C], [b"\x03"]),
@@ -2789,6 +2789,7 @@ def test_letter_without_its_ctrl_e_is_mended(letter):
     [b"\xff", b"\xf4" + MARK],  # cut in two
 )
 def test_ctrl_c_drops_what_waits_and_leaves(paced, reads, lines, seconds):
+    """5,585 of these lines have 60 KiB."""
     ann, mike = rested(paced, "ann", "mike")
     mike.types(*["\u0443 \u30ca\u30c3"] * lines)
     paced.wait(seconds)
