@@ -17,7 +17,6 @@ Parts: 1. Events  2. Limits  3. Log and Outbox  4. Telnet  5. Limiter  6. Chat  
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import functools
 import ipaddress
@@ -37,6 +36,7 @@ import unicodedata
 import urllib.parse
 from base64 import b64encode
 from collections import defaultdict, deque
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union
@@ -110,8 +110,8 @@ def text_of(event: Event) -> str:
     kind, template = event["type"], TEXT[event["type"]]
     if kind == "people":
         names = [
-            "@" * each["operator"] + each["name"] + f" ({each.get('address')})" * ("address" in each)
-            for each in event["people"]
+            "@" * row["operator"] + row["name"] + f" ({row.get('address')})" * ("address" in row)
+            for row in event["people"]
         ]
         return template.format(count=len(names), names=", ".join(names))
     if kind == "help":
@@ -1259,18 +1259,18 @@ class Chat:
 NEVER = float("inf")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 SOCKET_OPTIONS = [
-    (level, getattr(socket, name), value)
-    for level, name, value in [
-        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a line is sent at once
-        (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
+    (socket.SOL_SOCKET if name[:3] == "SO_" else socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in [
+        ("TCP_NODELAY", 1),  # a line is sent at once
+        ("SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
         # A buffer of the system's choice grows, and a stalled reader seems to read on.
-        (socket.SOL_SOCKET, "SO_SNDBUF", 2 << 20),  # bytes; Linux doubles it
-        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),  # seconds of silence before the first probe
-        (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),  # macOS's name for it
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),  # seconds between probes
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),  # probes without an answer: the peer is lost
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 60_000),  # milliseconds without an ACK
+        ("SO_SNDBUF", 2 << 20),  # bytes; Linux doubles it
+        ("SO_KEEPALIVE", 1),
+        ("TCP_KEEPIDLE", 60),  # seconds of silence before the first probe
+        ("TCP_KEEPALIVE", 60),  # macOS's name for it
+        ("TCP_KEEPINTVL", 15),  # seconds between probes
+        ("TCP_KEEPCNT", 4),  # probes without an answer: the peer is lost
+        ("TCP_USER_TIMEOUT", 60_000),  # milliseconds without an ACK
     ]
     if hasattr(socket, name)
 ]
@@ -1352,7 +1352,7 @@ class Reactor:
         if self.ends_at == NEVER:
             self.ends_at = self.now + SHUTDOWN_SECONDS
             for listener in self.listeners:
-                with contextlib.suppress(KeyError):  # it is not registered
+                with suppress(KeyError):  # it is not registered
                     self.selector.unregister(listener)
                 listener.close()
             self.chat.shut_down(self.connections)
@@ -1512,7 +1512,7 @@ class Reactor:
             conn = Connection(sock, origin, log, self.now)
             self.connections[conn] = None
             ours = ""
-            with contextlib.suppress(OSError):  # the caller is gone again
+            with suppress(OSError):  # the caller is gone again
                 ours = sock.getsockname()[0]
             self.limiter.add(conn, host, ours)
             self._guard(self._admit, conn)
@@ -1521,7 +1521,7 @@ class Reactor:
         sock, protocol = conn.sock, conn.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
-            with contextlib.suppress(OSError):  # the kernel does not know it
+            with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
         protocol.behind_proxy = self.settings.behind_proxy and conn.address.name == LOCALHOST
         if protocol.opened:
@@ -1675,7 +1675,7 @@ class Reactor:
             if conn.state is not CLOSING:
                 self.chat.disconnect(conn, reason)
             # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
-            with contextlib.suppress(OSError):  # it is closed anyway
+            with suppress(OSError):  # it is closed anyway
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._close(conn)
 
@@ -1683,9 +1683,9 @@ class Reactor:
         for kept in (self.connections, self.ready, self.blocked):
             kept.pop(conn, None)
         self.limiter.remove(conn)
-        with contextlib.suppress(OSError, KeyError):  # it failed, or is not registered
+        with suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(conn.sock)
-        with contextlib.suppress(OSError):  # nothing else to do
+        with suppress(OSError):  # nothing else to do
             conn.sock.close()
         conn.read_buffer = b""  # operators may still find this person
         conn.outbox.close_writes()
@@ -1750,7 +1750,7 @@ def raise_descriptor_limit() -> int:
     if resource is None:
         return 512  # what select() takes on Windows
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+    with suppress(ValueError, OSError):  # macOS allows less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
@@ -2159,7 +2159,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 
 SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, VERSION = {EVENTS_VERSION};' + r"""
 const BLOCK = 6000, BLOCKS = 50;  // characters in a block of lines; blocks that are kept
-const TALK = ["said", "did", "whisper"], UNDATED = ["greeting", "prompt", "gap"];
+const TALK = ["said", "did", "whisper"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line that may hold one
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2362,7 +2362,8 @@ function paragraph(event) {
     return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
   });
   const date = dateOf(event), dateTime = date.toISOString();
-  if (!UNDATED.includes(type)) parts.unshift(element("time", { dateTime }, date.toTimeString().slice(0, 5)));
+  const timed = !["greeting", "prompt", "gap"].includes(type);
+  if (timed) parts.unshift(element("time", { dateTime }, date.toTimeString().slice(0, 5)));
   if (how === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }
