@@ -83,7 +83,7 @@ TEXT = {
     "kicked": "* {name} was kicked by {by}: {text}\n",
     "whisper": "[{from} -> {to}] {text}\n",
     "people": "* {count} here: {names}\n",
-    "help": "* {usage}{text}\n",  # for each command
+    "help": "* {usage:22}{text}\n",  # for each command
     "history": "* Recent messages, since {since}:\n",
     "history_end": "* End of recent messages.\n",
     "notice": "* {text}\n",
@@ -115,8 +115,7 @@ def text_of(event: Event) -> str:
         ]
         return template.format(count=len(names), names=", ".join(names))
     if kind == "help":
-        width = max(len(usage) for usage, _ in event["commands"]) + 3
-        return "".join(template.format(usage=u.ljust(width), text=t) for u, t in event["commands"])
+        return "".join(template.format(usage=u, text=t) for u, t in event["commands"])
     if kind == "history":
         if not event["events"]:
             return ""
@@ -865,19 +864,17 @@ def name_key(name: str) -> str:
 def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises CommandError if it is none."""
     name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
-    if not name:
-        raise CommandError("A name has at least one character.", "bad_name")
-    if len(name) > NAME_LIMIT:
-        raise CommandError(f"A name has at most {NAME_LIMIT} characters.", "bad_name")
-    for at, character in enumerate(name):
-        kind = unicodedata.category(character)
-        good = kind[0] == "L" or kind == "Nd" or character in "_-." or (kind[0] == "M" and at > 0)
-        if not good or INVISIBLE.match(character):
-            text = "A name is made of letters, digits, '_', '-' and '.' alone."
-            raise CommandError(text, "bad_name")
-    if re.fullmatch(r"\d+(\.\d+){3}", name):
-        raise CommandError("A name can't be an address.", "bad_name")
-    return name
+    kinds = [each if each in "_-." else unicodedata.category(each) for each in name]
+    good = all(kind[0] in "LM_-." or kind == "Nd" for kind in kinds)
+    if not 1 <= len(name) <= NAME_LIMIT:
+        why = f"A name has 1 to {NAME_LIMIT} characters."
+    elif not good or kinds[0][0] == "M" or INVISIBLE.search(name):
+        why = "A name is made of letters, digits, '_', '-' and '.' alone."
+    elif re.fullmatch(r"\d+(\.\d+){3}", name):
+        why = "A name can't be an address."
+    else:
+        return name
+    raise CommandError(why, "bad_name")
 
 
 Run = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
@@ -1129,10 +1126,10 @@ class Chat:
 
     @command("/who", "show who is here", "/names", "/list")
     def _who(self, person: Person) -> None:
-        people = [self.people[key] for key in sorted(self.people)]
-        rows: list[Event] = [{"name": each.name, "operator": each.operator} for each in people]
-        for row, each in zip(rows, people if person.operator else ()):
-            row["address"] = each.address_names[0]
+        rows: list[Event] = []
+        for _, each in sorted(self.people.items()):
+            address = {"address": each.address_names[0]} if person.operator else {}
+            rows.append({"name": each.name, "operator": each.operator, **address})
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / READ_SIZE)
         self.send_raw(person, data)

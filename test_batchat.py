@@ -244,14 +244,14 @@ def room() -> Room:
 
 
 HELP = """
-* /help            show this list
-* /who             show who is here
-* /me ACTION       say what you do: /me waves
-* /msg NAME TEXT   say something to one person alone
-* /nick NAME       change your name
-* /ignore NAME     hide what somebody says, or show it again
-* /quit            leave the chat
-* // TEXT          say a line that starts with a slash
+* /help                 show this list
+* /who                  show who is here
+* /me ACTION            say what you do: /me waves
+* /msg NAME TEXT        say something to one person alone
+* /nick NAME            change your name
+* /ignore NAME          hide what somebody says, or show it again
+* /quit                 leave the chat
+* // TEXT               say a line that starts with a slash
 """[1:]
 
 
@@ -2866,7 +2866,7 @@ def test_long_name_is_not_normalized_as_a_whole(room):
     assert len(batchat.name_key(marks)) < 400
     mike = room.join("mike")
     mike.types("/nick " + marks, "/ignore " + marks)
-    mike.expect(f"* A name has at most 24 characters.\n* Nobody here is called {marks}.\n")
+    mike.expect(f"* A name has 1 to 24 characters.\n* Nobody here is called {marks}.\n")
 
 
 def test_nothing_is_kept_of_people_who_left(room):
