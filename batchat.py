@@ -39,7 +39,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Union
 
 try:
     import resource
@@ -51,7 +51,7 @@ __version__ = "1.1.0"
 logger = logging.getLogger("batchat")
 
 
-# --------------------------------------
+# ------------
 # 1. Events
 
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
@@ -137,7 +137,7 @@ def local_time(at: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
-# --------------------------------------
+# ------------
 # 2. Limits
 
 # Lines and names
@@ -215,11 +215,10 @@ class Settings(NamedTuple):
     max_connections: int = 1_000_000
 
 
-# --------------------------------------
+# ------------
 # 3. Log and Outbox
 
 FOREVER = 1 << 62  # an offset that no log ever reaches
-Splice = Tuple[int, int, bytes]
 
 
 class Log:
@@ -262,7 +261,7 @@ class Outbox:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
-        self.splices: list[Splice] = []
+        self.splices: list[tuple[int, int, bytes]] = []
         self.private_bytes = 0  # in all splices
         self.write_closed = False  # the connection is lost: nothing can be sent any more
 
@@ -356,7 +355,7 @@ class Outbox:
         self.cursor += sent
 
 
-# --------------------------------------
+# ------------
 # 4. Telnet
 
 # What a protocol reports besides lines
@@ -422,7 +421,7 @@ def clean(text: str) -> str:
     """`text` made safe to display, with its erasures carried out."""
     if text.isprintable():  # nearly always, and never with a forbidden character
         return text
-    # A TAB becomes a space, because terminals do not wrap at a TAB.
+    # A TAB becomes a space: terminals do not wrap at a TAB.
     text = FORBIDDEN.sub("", ESCAPE.sub("", text).replace("\t", " "))
     kept: list[str] = []
     for character in text:
@@ -600,7 +599,7 @@ class Telnet(Protocol):
             self._skipping = False
 
 
-# --------------------------------------
+# ------------
 # 5. Limiter
 
 class TokenBucket:
@@ -616,7 +615,7 @@ class TokenBucket:
 
 
 class Quota:
-    """Connections that are counted together, up to a limit."""
+    """Connections that are counted together."""
 
     def __init__(self, limit: int, spare: int) -> None:
         self.limit = limit  # 0 is no limit
@@ -701,7 +700,7 @@ class Limiter:
             quota.departing.pop(person, None)
 
     def address(self, name: str) -> Address:
-        """The address with this name, which address_names has made."""
+        """The address with this name; a new one if it is not known."""
         if name not in self.addresses:
             if len(self.addresses) >= ADDRESSES_LIMIT:
                 idle = (key for key, each in self.addresses.items() if not each.connections)
@@ -760,7 +759,7 @@ class Limiter:
         return max(0, math.ceil((until - self.now) / 60 - 1e-6))
 
 
-# --------------------------------------
+# ------------
 # 6. Chat
 
 # The three states of a person.  Only Chat changes them.
@@ -780,7 +779,7 @@ AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 
 class Person:
-    """Somebody who is connected, as the chat knows them."""
+    """Somebody who is connected."""
 
     # Limiter.add sets these.
     address: Address
@@ -810,7 +809,7 @@ class History:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # lines
-        # With the names of their addresses, and their sizes.
+        # Each with the names of its address, and its size.
         self._lines: deque[tuple[Event, tuple[str, str], int]] = deque()
         self._size = 0  # bytes of text
         # In each format; made when a newcomer needs it, kept until the next line.
@@ -844,7 +843,7 @@ class CommandError(Exception):
         self.code = code
 
 
-# Letters and marks that nobody can see, and that could hide one name in another.
+# Letters and marks that nobody can see: they could hide one name in another.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
@@ -1058,7 +1057,7 @@ class Chat:
                 self._ask_for_name(person)
 
     def _take_request(self, person: Person) -> None:
-        """Note whose request it is, which a proxy may have told, and whether they are banned."""
+        """Note who calls, which a proxy may have told, and whether they are banned."""
         caller = person.protocol.caller
         if caller:
             person.origin = f"{caller} through {person.origin}"
@@ -1250,7 +1249,7 @@ class Chat:
         self.send(person, "notice", text=f"{address} is no longer banned.")
 
 
-# --------------------------------------
+# ------------
 # 7. Reactor
 
 NEVER = float("inf")
@@ -1329,7 +1328,7 @@ class Reactor:
         self.ends_at = NEVER  # when the server stops, whoever is still connected
 
     def run(self) -> bool:
-        """Serve until stopped; returns False if it was an error that stopped the server."""
+        """Serve until stopped; returns False if an error stopped the server."""
         ok = True
         while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
             try:
@@ -1688,7 +1687,7 @@ class Reactor:
         conn.outbox.close_writes()
 
 
-# --------------------------------------
+# ------------
 # 8. main
 
 def whole_number(most: int, text: str) -> int:
@@ -1787,7 +1786,7 @@ def announce(host: str | None, ports: list[int]) -> None:
     if not host:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
     data = f"{text}\n".encode("utf-8", "replace")
-    # Not print(), which would try again at exit to write what it could not, and fail.
+    # Not print(), which tries again at exit to write what it could not, and fails.
     if sys.stdout is None or write_at_once(sys.stdout.fileno(), data) < len(data):
         logger.info("%s", text)
 
@@ -1852,8 +1851,8 @@ def stop_on_signals(reactor: Reactor) -> None:
     def on_signal(signum: int, frame: object) -> None:
         # SIGHUP may come twice, from the shell and from the system.
         if signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
 
     def on_wakeup() -> None:  # of the event loop
         ours.recv(16)
@@ -1894,7 +1893,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-# --------------------------------------
+# ------------
 # 9. The web
 
 # A request's head (RFC 9112, sections 2.2, 3 and 5).
@@ -1902,7 +1901,6 @@ HEAD_END = re.compile(rb"\r?\n\r?\n")
 TOKEN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
 FIELD = rf"\r?\n{TOKEN}:([^\0-\x08\n-\x1f\x7f]*)"  # no control characters but HTAB
 REQUEST_HEAD = re.compile(rf"{TOKEN} (\S+) HTTP/1\.(\d)((?:{FIELD})*)")
-Request = Tuple[str, str, str, Dict[str, str]]  # method, path, minor version of HTTP, fields
 UPGRADE_HEADERS = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
@@ -1914,8 +1912,8 @@ def digest(algorithm: str, text: str) -> str:
     return b64encode(hashlib.new(algorithm, text.encode()).digest()).decode()
 
 
-def parse_request(head: bytes) -> Request:
-    """The request in a head (RFC 9112, sections 2.1 and 5); raises ValueError."""
+def parse_request(head: bytes) -> tuple[str, str, str, dict[str, str]]:
+    """Method, path, minor version and fields (RFC 9112, 2.1 and 5); raises ValueError."""
     request = REQUEST_HEAD.fullmatch(head.decode("latin-1"))
     if not request:
         raise ValueError
@@ -1954,7 +1952,7 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
-# What comes next: to read a request's head, to answer it, to read frames, to read nothing.
+# What comes next: a request's head, its response, frames, or nothing.
 HEAD, REQUEST, FRAMES, NOTHING = range(4)
 
 
@@ -1971,7 +1969,7 @@ class Web(Protocol):
         super().__init__()
         self._state = HEAD
         self._data = b""
-        self._request: Request = ("", "", "", {})
+        self._request: tuple[str, str, str, dict[str, str]] = ("", "", "", {})
         self._message: bytes | None = None  # the fragments so far of a message
         self._lines: list[str] = []  # the rest of the last message, its next line last
 
@@ -2049,7 +2047,7 @@ class Web(Protocol):
         key = fields.get("sec-websocket-key", "")  # 16 bytes in base64
         if method != "GET" or minor == "0" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
             return self._respond(HTTPStatus.BAD_REQUEST)
-        # Another site's page may try to open a WebSocket here, but it can't lie about its origin.
+        # Another site's page may call here, but it can't lie about its origin.
         ours = [f"{scheme}://{fields['host'].lower()}" for scheme in ("http", "https")]
         if fields.get("origin", ours[0]).lower() not in ours:
             return self._respond(HTTPStatus.FORBIDDEN)
@@ -2183,7 +2181,7 @@ let completing = {};  // the names that Tab goes through
 
 // The connection
 function connect() {
-  socket = new WebSocket(new URL("chat", location).href.replace("http", "ws"));
+  socket = new WebSocket("chat");
   state = "calling";
   tell("");
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
@@ -2329,12 +2327,12 @@ function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed"
   for (queued += size; queued > BLOCKS * BLOCK;) queued -= queue.shift().size;
   paintSoon();
 }
-function soon(what) {  // a function that runs `what` once for all its calls within 40 ms
+function soon(what) {  // `what`, once for all calls within 40 ms
   let timer = 0;
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, 40); };
 }
 const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
-function paint() {  // at most one block at a time, so that the page stays responsive
+function paint() {  // at most one block, so that the page stays responsive
   scrolled();  // its event may be yet to come
   if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
   while (queue.length && space > 0) {

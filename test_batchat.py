@@ -68,7 +68,7 @@ def cases(names: str, *rows: object, **how) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names, rows, **how)
 
 
-# --------------------------------------
+# ------------
 # Those who help
 
 def messages_of(protocol: Protocol, *reads: bytes) -> tuple[list, bytes]:
@@ -601,7 +601,7 @@ def jonny(mike, page_server):
         yield jonny
 
 
-# --------------------------------------
+# ------------
 # A simulated network
 
 # The real reactor, chat and protocols run on sockets, a selector and a clock that are stricter
@@ -1331,7 +1331,7 @@ def names(world: World) -> list[str]:
     return [each.connection.name for each in world.inside]
 
 
-# --------------------------------------
+# ------------
 # The log and its readers
 
 KINDS = ["say", "say", "say", "send", "take", "take", "join", "leave", "lose", "trim"]
@@ -1413,7 +1413,7 @@ def test_news_sent_in_one_call_per_reader(world):
     assert world.iterations - turns <= 2
 
 
-# --------------------------------------
+# ------------
 # Start it, and join it
 
 README = (BATCHAT.parent / "README.md").read_text(encoding="utf-8")
@@ -1511,7 +1511,7 @@ def test_telnet_takes_many_alphabets(options):
                 guest.shows(CLOSED)
 
 
-# --------------------------------------
+# ------------
 # What people type
 
 def event(kind: str, **fields) -> str:
@@ -1640,7 +1640,7 @@ def test_ignore_ends_when_either_leaves(room, leaver):
 # Names
 
 INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u200b\u3164\ufe00\ufe0f\uffa0\U000e0100\U000e01ef"
-BAD_NAMES = ["", "   ", "x" * 25, "two words", "<mike>", "* mike", "mike!", "a,b", "/help"]
+BAD_NAMES = ["", "   ", "x" * 25, "two words", "<mike>", "* mike", "mike!", "m\u00b2", "/help"]
 BAD_NAMES += ["\u0301mike", "\U0001f600", "\u3164", *(f"mi{each}ke" for each in INVISIBLE)]
 LETTERS = st.characters(categories=["L", "M", "Nd"]) | st.sampled_from("_-.")
 
@@ -1672,7 +1672,7 @@ def test_name_key_is_one_for_all_spellings(name):
     assert {batchat.name_key(each) for each in [*forms, key]} == {key}
 
 
-# --------------------------------------
+# ------------
 # Options
 
 def test_welcome_replaces_ours_and_is_cleaned():
@@ -1956,7 +1956,7 @@ def test_server_runs_without_standard_error():
         assert server.ends()[0] == 0
 
 
-# --------------------------------------
+# ------------
 # Operators
 
 @pytest.fixture
@@ -2198,7 +2198,7 @@ def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
     assert right.operator
 
 
-# --------------------------------------
+# ------------
 # JSON events
 
 def test_first_events_of_a_caller(kept, ann):
@@ -2248,7 +2248,7 @@ def test_readme_bot_answers(server):
         ann.expect("<bot_> Hello, ann!\n")
 
 
-# --------------------------------------
+# ------------
 # Behind a proxy
 
 def test_proxy_tells_the_address_of_a_browser(worlds):
@@ -2296,7 +2296,7 @@ def test_no_other_address_is_believed(worlds, proxy, host, told, status):
     assert [*world.reactor.limiter.addresses] == [batchat.address_names(host)[1]]
 
 
-# --------------------------------------
+# ------------
 # Nobody loses a line
 
 @pytest.fixture
@@ -2372,7 +2372,7 @@ def test_lost_person_is_heard_for_2_minutes(paced):
     assert 1200 < ann.read().count("boo") < 1300
 
 
-# --------------------------------------
+# ------------
 # Nobody drowns out the others
 
 @cases(
@@ -2507,7 +2507,7 @@ def test_iteration_handles_50_ms_of_input(world):
     assert [*Counter(served).values()] == [2] * 9
 
 
-# --------------------------------------
+# ------------
 # Nobody holds up the room
 
 def pauses(world: World) -> tuple[Peer, Peer]:
@@ -2609,7 +2609,7 @@ def test_slow_reader_costs_no_call_per_line(world):
     assert slow.sock.send.call_count <= 2
 
 
-# --------------------------------------
+# ------------
 # Nobody freezes a screen or plays tricks on it
 
 ANYTHING = st.text(
@@ -2843,7 +2843,7 @@ def test_nothing_else_drops_what_waits(paced, sends):
     assert ann.read().count("<mike> hi") == 200
 
 
-# --------------------------------------
+# ------------
 # It does not fall over
 
 @cases("start, end", (b"x", b"\n"), (b"\xff\xfa\x18", b"\xff\xf0"))
@@ -3213,7 +3213,7 @@ def test_web_request_is_no_name(world, line):
     assert browser.sock.shut
 
 
-# --------------------------------------
+# ------------
 # It closes well
 
 @cases("number", signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -3270,7 +3270,7 @@ def test_ignored_signal_stays_ignored(number):
             mike.expect("* 1 here: mike\n")
 
 
-# --------------------------------------
+# ------------
 # Another site's page has no say: HTTP and WebSocket
 
 PLAIN = "GET / HTTP/1.1"
@@ -3504,7 +3504,7 @@ def test_websocket_event_is_one_text_message(text):
     assert payload.startswith(b'{"type":"said","id":1,"at":1,"name":"ann","text":"')
 
 
-# --------------------------------------
+# ------------
 # Peers that vanish are found
 
 def test_silent_peers_are_given_up_after_2_min(our_end):
@@ -3539,7 +3539,7 @@ def test_browsers_are_pinged_every_30_s(world):
     mike.expect(GREETING + hey("mike") + "* ann has joined the chat\n")
 
 
-# --------------------------------------
+# ------------
 # The whole server, in a simulated network
 
 RUN, FLOOD = ("run_once", 2), "x" * 80
@@ -3653,7 +3653,7 @@ def test_soak_crowd_leaves_nothing_behind(houses):
     assert held[1][1] < held[0][1] + 1000
 
 
-# --------------------------------------
+# ------------
 # The page, in Chromium
 
 class Relay(AbstractContextManager):
@@ -4400,7 +4400,7 @@ def test_page_is_quick_with_every_line(page):
     assert max(times) < 10 * plain, times
 
 
-# --------------------------------------
+# ------------
 # python bench/fanout.py
 
 @pytest.fixture

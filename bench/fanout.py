@@ -61,9 +61,9 @@ GROWTH = (10, 100, 1000, 5000)  # people, for how BATCHAT grows
 SATURATED = 0.95  # of the time busy: a client that could not have done more
 
 
-# --------------------------------------
+# ------------
 # The servers
-# --------------------------------------
+# ------------
 
 
 Take = Callable[[memoryview], int]
@@ -363,9 +363,9 @@ def peak_megabytes(pid: int) -> float:
     return int(found[1]) / 1024 if found else float("nan")
 
 
-# --------------------------------------
+# ------------
 # The load
-# --------------------------------------
+# ------------
 
 
 class Load(NamedTuple):
@@ -646,9 +646,9 @@ def what_became_of(stalled: socket.socket) -> str:
     return "keeps the stalled one"
 
 
-# --------------------------------------
+# ------------
 # The report
-# --------------------------------------
+# ------------
 
 
 class Row(NamedTuple):
