@@ -719,7 +719,7 @@ class Limiter:
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
-        """Have a person pay, and their address, too."""
+        """Have a person pay, and their address."""
         if self.settings.rate:
             person.bucket.spend(tokens, self.now)
             person.address.bucket.spend(tokens, self.now)
@@ -1259,7 +1259,7 @@ SOCKET_OPTIONS = [
     for name, value in [
         ("TCP_NODELAY", 1),  # a line is sent at once
         ("SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
-        # A buffer of the system's choice grows, and a stalled reader seems to read on.
+        # A buffer of the system's choice grows: a stalled reader seems to read on.
         ("SO_SNDBUF", 2 << 20),  # bytes; Linux doubles it
         ("SO_KEEPALIVE", 1),
         ("TCP_KEEPIDLE", 60),  # seconds of silence before the first probe
@@ -1684,6 +1684,7 @@ class Reactor:
         with suppress(OSError):  # nothing else to do
             conn.sock.close()
         conn.read_buffer = b""  # operators may still find this person
+        conn.protocol = type(conn.protocol)()
         conn.outbox.close_writes()
 
 
@@ -1792,7 +1793,7 @@ def announce(host: str | None, ports: list[int]) -> None:
 
 
 def write_at_once(descriptor: int, data: bytes) -> int:
-    """Write without waiting for a reader; returns how many bytes were written."""
+    """Write without waiting for a reader; returns how many bytes."""
     # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
     blocking = os.name != "nt" and os.get_blocking(descriptor)
     try:
@@ -1849,7 +1850,7 @@ def stop_on_signals(reactor: Reactor) -> None:
     signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
 
     def on_signal(signum: int, frame: object) -> None:
-        # SIGHUP may come twice, from the shell and from the system.
+        # SIGHUP may come twice, from shell and system.
         if signum in (signal.SIGINT, signal.SIGTERM):
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, signal.SIG_DFL)

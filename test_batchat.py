@@ -343,6 +343,7 @@ def assert_nothing_is_kept(reactor: batchat.Reactor):
     kept += [each.connections for each in quotas] + [each.departing for each in quotas]
     former = [person for *_, person in reactor.chat._former]
     kept += [(each.outbox.has_pending or each.read_buffer) for each in former]
+    kept += [vars(each.protocol) != vars(type(each.protocol)()) for each in former]
     assert not any([*kept, *(log.readers for log in reactor.chat.logs.values())])
 
 
