@@ -17,7 +17,6 @@ Parts: 1. Events  2. Limits  3. Log and Outbox  4. Telnet  5. Limiter  6. Chat  
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import ipaddress
 import json
@@ -57,7 +56,7 @@ logger = logging.getLogger("batchat")
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
 # that `text_of` makes of it.
 Event = Dict[str, Any]
-EVENTS_VERSION = 1  # a page that was made for another one reloads itself
+PROTOCOL_VERSION = 1  # of events; a page that was made for another one reloads itself
 
 BANNER = r"""
    ____      _       _____     ____   _   _      _       _____   
@@ -176,8 +175,8 @@ READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
-SPARE_DESCRIPTORS = 16  # for our own use
-LOBBY = 16  # descriptors for callers who find the server full
+OWN_DESCRIPTORS = 16  # for our own use
+SPARE_CONNECTIONS = 16  # for callers who find the server full
 PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
 
 # Tokens: an allowance of --rate a second.
@@ -370,14 +369,14 @@ class Protocol:
     """A protocol without sockets: `feed` it bytes, take the `next` message."""
 
     ECHO = False  # whether speakers are sent what they say
-    PING = b""  # what keeps a connection alive
+    PING_DATA = b""  # a ping, where the protocol has one
 
     def __init__(self) -> None:
         self.ended = False  # nothing more will be fed
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer's X-Forwarded-For
         self.caller = ""  # the address in it
-        self.ban = ""  # what a banned caller is told
+        self.ban = ""  # how long the peer is still banned
 
     @property
     def opened(self) -> bool:
@@ -647,14 +646,17 @@ LOCALHOST = "localhost"
 
 
 @functools.lru_cache
-def address_names(host: str) -> tuple[str, str]:
-    """An address, and its IPv6 /64 if it has one; may raise ValueError."""
+def address_names(text: str) -> tuple[str, str]:
+    """An address, and its IPv6 /64 if it has one; of a /64, itself twice.  May raise ValueError."""
+    host, _, bits = text.partition("/")
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
-    name = LOCALHOST if address.is_loopback else str(address)
-    if address.version == 4 or address.is_loopback or address.is_link_local:
-        return name, name
-    return name, str(ipaddress.ip_network((address, 64), strict=False))
+    name = network = LOCALHOST if address.is_loopback else str(address)
+    if address.version == 6 and not address.is_loopback and not address.is_link_local:
+        network = str(ipaddress.ip_network((address, 64), strict=False))
+    if bits and (bits != "64" or network == name):
+        raise ValueError("only an IPv6 /64 counts as one")
+    return network if bits else name, network
 
 
 class Limiter:
@@ -663,7 +665,7 @@ class Limiter:
     def __init__(self, settings: Settings, now: float) -> None:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
-        self.everyone = Quota(settings.max_connections, LOBBY)
+        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
         self.addresses: dict[str, Address] = {}  # those who connect are counted by them
         self.bans: dict[str, Ban] = {}  # by address or /64
         self.networks: set[str] = set()  # our own: in them, each address counts alone
@@ -671,13 +673,12 @@ class Limiter:
     def add(self, person: Person, host: str, ours: str = "") -> None:
         """Count a connection; where there are too many, the person is rejected.
 
-        `ours` is our end of the connection; without it, all of a /64 counts as one.
+        `ours` is our end of the connection, if we know it.
         """
-        name, network = person.address_names = address_names(host)
+        person.address_names = address_names(host)
         if ours:
             self.networks.add(address_names(ours)[1])
-        near = ours and network in self.networks
-        person.address = self.address(name if near else network)
+        person.address = self.address(self.counted_name(person.address_names))
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
             quota.connections += 1
@@ -686,7 +687,12 @@ class Limiter:
         if person.rejected or person.outbox.write_closed:
             self.depart(person)
         if self.settings.rate:
-            self._postpone(person, JOIN_TOKENS)  # newcomers do not go before all others
+            self._queue_later(person, JOIN_TOKENS)  # newcomers do not go before all others
+
+    def counted_name(self, names: tuple[str, str]) -> str:
+        """What counts as one: an IPv6 /64, but in our own networks each address."""
+        name, network = names
+        return name if network in self.networks else network
 
     def depart(self, person: Person) -> None:
         """Count a connection, which will end soon, no longer against the limits."""
@@ -711,7 +717,7 @@ class Limiter:
             self.addresses[name] = Address(name, limit, rate)
         return self.addresses[name]
 
-    def surplus(self, person: Person) -> Any:
+    def to_evict(self, person: Person) -> Any:
         """Who must go, because too many like this person are departing; None if nobody."""
         for quota in (self.everyone, person.address):
             if quota.limit and len(quota.departing) > max(quota.spare, quota.free):
@@ -723,40 +729,30 @@ class Limiter:
         if self.settings.rate:
             person.bucket.spend(tokens, self.now)
             person.address.bucket.spend(tokens, self.now)
-            self._postpone(person, tokens)
+            self._queue_later(person, tokens)
 
-    def _postpone(self, person: Person, tokens: float) -> None:
+    def _queue_later(self, person: Person, tokens: float) -> None:
         """Fair queueing: whoever has used least of their share of an address goes first."""
         share = person.address.bucket.rate / person.address.connections
-        person.turn_at = max(person.turn_at, self.now) + tokens / share
+        person.virtual_time = max(person.virtual_time, self.now) + tokens / share
 
     def tick(self) -> None:
         """Forget the addresses that are idle, and the bans that are over."""
-        for address in list(self.addresses.values()):
+        for name, address in list(self.addresses.items()):
             full_at = address.bucket.ready_at + BURST_SECONDS
             if full_at <= self.now and not address.connections:
-                del self.addresses[address.name]
+                del self.addresses[name]
         self.bans = {name: ban for name, ban in self.bans.items() if ban.until > self.now}
-
-    def parse(self, text: str) -> str:
-        """What a ban of `text` is for: an address, or an IPv6 /64; "" if it is neither."""
-        try:
-            if "/" not in text:
-                name, network = address_names(text)
-                return name if network in self.networks else network
-            name = str(ipaddress.ip_network(text, strict=False))
-            return name if name == address_names(text.partition("/")[0])[1] else ""
-        except ValueError:
-            return ""
 
     def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address or a /64; a longer ban stays as it is."""
-        self.bans[name] = max(self.bans.get(name, Ban(0, "")), Ban(self.now + 60 * minutes, by))
+        ban = Ban(self.now + 60 * minutes, by)
+        self.bans[name] = max(ban, self.bans.get(name, ban))  # by `until`, their first field
 
     def banned_minutes(self, *names: str) -> int:
         """For how long any of these is still banned; 0 if none is."""
         until = max((self.bans[each].until for each in names if each in self.bans), default=0)
-        return max(0, math.ceil((until - self.now) / 60 - 1e-6))
+        return max(0, math.ceil((until - self.now) / 60 - 1e-6))  # floats are not exact
 
 
 # ------------
@@ -796,7 +792,7 @@ class Person:
         self.name = ""
         self.asked = 0  # how often they were asked for a name
         self.operator = False
-        self.turn_at = 0.0  # a virtual time: input is processed in its order (fair queueing)
+        self.virtual_time = 0.0  # input is processed in its order (fair queueing)
 
     @property
     def is_unfinished(self) -> bool:
@@ -812,7 +808,7 @@ class History:
         # Each with the names of its address, and its size.
         self._lines: deque[tuple[Event, tuple[str, str], int]] = deque()
         self._size = 0  # bytes of text
-        # In each format; made when a newcomer needs it, kept until the next line.
+        # In each format: made when a newcomer needs it, kept until the next line.
         self.encoded: dict[type[Protocol], bytes] = {}
 
     def append(self, event: Event, address_names: tuple[str, str]) -> None:
@@ -830,9 +826,7 @@ class History:
         self.encoded.clear()
 
     def encode(self, protocol: type[Protocol]) -> bytes:
-        event = {"type": "history", "events": [line[0] for line in self._lines]}
-        self.encoded[protocol] = protocol.encode(event)
-        return self.encoded[protocol]
+        return protocol.encode({"type": "history", "events": [line[0] for line in self._lines]})
 
 
 class CommandError(Exception):
@@ -848,7 +842,7 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 # "/op" with any kind of slash, also after punctuation, is never said.
-PASSWORD_LINE = re.compile(r"[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
+PASSWORD_LINE = re.compile(r"\A[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
@@ -915,7 +909,7 @@ class Chat:
         self.at = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
-        # Former names: until when, name_key, whose.
+        # Former names: when they were given up, name_key, whose.
         self._former: deque[tuple[float, str, Person]] = deque(maxlen=REMEMBERED)
         self._wrong: deque[tuple[float, str]] = deque(maxlen=REMEMBERED)  # passwords: when, where
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
@@ -950,7 +944,7 @@ class Chat:
         """Greet a caller and ask for a name, or say why they may not join."""
         if not self._reject(person):
             fields = {"banner": BANNER, "text": self.settings.welcome, "room": self.room}
-            self.send(person, "greeting", protocol=EVENTS_VERSION, **fields, max_line=LINE_LIMIT)
+            self.send(person, "greeting", protocol=PROTOCOL_VERSION, **fields, max_line=LINE_LIMIT)
             self._ask_for_name(person)
 
     def _ask_for_name(self, person: Person) -> None:
@@ -962,20 +956,19 @@ class Chat:
 
     def _reject(self, person: Person) -> bool:
         """Disconnect a caller if they may not join; returns whether that was so."""
-        ban = self._ban_text(person)
+        ban = self._ban_left(person)
         if ban:
             person.rejected = "banned"
         elif 0 < self.settings.max_people <= len(self.people):
             person.rejected = "full"
         if person.rejected:
-            self.disconnect(person, person.rejected, person.rejected, ban)
+            self.disconnect(person, person.rejected, person.rejected, text=ban)
         return bool(person.rejected)
 
-    def _ban_text(self, person: Person) -> str:
-        """What a caller from a banned address is told; "" if it is not banned."""
+    def _ban_left(self, person: Person) -> str:
+        """For how long a caller is still banned, in words; "" if they are not."""
         minutes = self.limiter.banned_minutes(*person.address_names)
-        more = f"{minutes} more minute" + "s" * (minutes > 1)
-        return CLOSING_TEXT["banned"].format(text=more) if minutes else ""
+        return f"{minutes} more minute" + "s" * (minutes > 1) if minutes else ""
 
     def _join(self, person: Person, text: str) -> None:
         """Let a caller in by the name that they typed; raises CommandError."""
@@ -990,19 +983,18 @@ class Chat:
         person.outbox.join()
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.history.limit:
-            if type(person.protocol) not in self.history.encoded:
-                self.new_bytes += len(self.history.encode(type(person.protocol)))
-            self.send_raw(person, self.history.encoded[type(person.protocol)])
+            protocol, encoded = type(person.protocol), self.history.encoded
+            if protocol not in encoded:
+                encoded[protocol] = self.history.encode(protocol)
+                self.new_bytes += len(encoded[protocol])
+            self.send_raw(person, encoded[protocol])
         self.joined += 1
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
-    def disconnect(
-        self, person: Person, reason: str, code: str = "", text: str = "",
-        kicked: Event | None = None,
-    ) -> None:
+    def disconnect(self, person: Person, reason: str, code: str = "", **fields: str) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
-        `reason` is for our own log, `code` and `text` for `closing`, `kicked` for the others.
+        `reason` is for our own log; with `code`, they are told why: see CLOSING_TEXT.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -1011,7 +1003,8 @@ class Chat:
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            self.publish("kicked" if kicked else "quit", person, **(kicked or {}))
+            kicked = fields if code == "kicked" else {}
+            self.publish("kicked" if kicked else "quit", person, **kicked)
             here = len(self.people)
             logger.info("%s left: %s (%s, %d here)", person.name, reason, person.origin, here)
         else:
@@ -1020,7 +1013,7 @@ class Chat:
         person.timer_start = self.limiter.now
         self.limiter.depart(person)
         if code and person.protocol.opened:
-            self.send(person, "closing", code=code, text=text or CLOSING_TEXT[code])
+            self.send(person, "closing", code=code, text=fill(CLOSING_TEXT[code], fields))
         self.send_raw(person, person.protocol.close(code))
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
@@ -1034,7 +1027,7 @@ class Chat:
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
         """Do what a line or signal means in this state; see the table above."""
-        if message or not person.outbox.write_closed:  # blank lines of a lost person are free
+        if message != "" or not person.outbox.write_closed:  # those of a lost person are free
             self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
@@ -1063,16 +1056,14 @@ class Chat:
             person.origin = f"{caller} through {person.origin}"
             self.limiter.remove(person)
             self.limiter.add(person, caller)
-        person.protocol.ban = self._ban_text(person)
+        person.protocol.ban = self._ban_left(person)
 
     def _take_line(self, person: Person, line: Message) -> None:
         if isinstance(line, int):
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise CommandError(text, "too_long")
-        password = PASSWORD_LINE.match(line)
-        if password:
-            self._run_command(person, f"/{password[1]}")
-        elif line.lstrip()[:1] == "/":
+        line = PASSWORD_LINE.sub(r"/\1", line)
+        if line.lstrip()[:1] == "/":
             self._run_command(person, line)
         elif line.strip():
             self.publish("said", person, text=line)
@@ -1094,10 +1085,10 @@ class Chat:
 
     def _find(self, name: str, former: bool = False) -> Person:
         """Who has this name, or else had it last, here or gone; raises CommandError."""
-        key, since = name_key(name), self.limiter.now - REMEMBERED_SECONDS
+        key, oldest = name_key(name), self.limiter.now - REMEMBERED_SECONDS
         names = reversed(self._former) if former else ()
-        had = (each for until, old, each in names if old == key and until > since)
-        person = self.people.get(key) or next(had, None)
+        owners = (each for left_at, old, each in names if old == key and left_at > oldest)
+        person = self.people.get(key) or next(owners, None)
         if not person:
             raise CommandError(f"Nobody here is called {name}.")
         return person
@@ -1108,8 +1099,8 @@ class Chat:
         if name[:2] == "//":  # //x says /x
             name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
-        try_op = found is COMMANDS["/op"] and self.settings.password  # which anyone may
-        if not found or (found.operators and not person.operator and not try_op):
+        is_open = found is COMMANDS["/op"] and self.settings.password  # anyone may try
+        if not found or (found.operators and not person.operator and not is_open):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
@@ -1200,25 +1191,31 @@ class Chat:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise CommandError(f"{name} has left already.")
+        if other is person:
+            raise CommandError("You can't kick yourself; /quit leaves.")
         self._remove(other, person, why)
 
     def _remove(self, other: Person, person: Person, why: str) -> None:
-        if other is person:
-            raise CommandError("You can't kick yourself; /quit leaves.")
-        fields = {"by": person.name, "text": why}
-        text = fill(CLOSING_TEXT["kicked"], fields)
-        self.disconnect(other, f"kicked by {person.name}, {person.origin}", "kicked", text, fields)
+        reason = f"kicked by {person.name}, {person.origin}"
+        self.disconnect(other, reason, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
-    def _ban(self, person: Person, name: str, given: str = str(BAN_MINUTES)) -> None:
-        address = self.limiter.parse(name)
-        other = None if address else self._find(name, former=True)
-        address = other.address.name if other else address
-        minutes = int(given) if given.isdecimal() else 0
+    def _ban(self, person: Person, name: str, duration: str = str(BAN_MINUTES)) -> None:
+        try:
+            names, other = address_names(name), None
+        except ValueError:
+            if "/" in name:
+                raise CommandError("A ban takes a name, an address or an IPv6 /64.", "usage")
+            other = self._find(name, former=True)
+            names = other.address_names
+        address = self.limiter.counted_name(names)
+        minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
         if address == LOCALHOST:
             raise CommandError("localhost is never banned; /kick removes somebody.")
+        if address in person.address_names:
+            raise CommandError("That is your own address; /kick removes somebody.")
         if address not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         if other and other.state is CHATTING:
@@ -1233,20 +1230,24 @@ class Chat:
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
-        for name, ban in self.limiter.bans.items():
-            minutes = self.limiter.banned_minutes(name)
-            text = f"{name} is banned for another {minutes} min, by {ban.by}."
+        lines = [
+            f"{name} is banned for another {minutes} min, by {ban.by}."
+            for name, ban in self.limiter.bans.items()
+            if (minutes := self.limiter.banned_minutes(name))
+        ]
+        for text in lines or ["No address is banned."]:
             self.send(person, "notice", text=text)
-        if not self.limiter.bans:
-            self.send(person, "notice", text="No address is banned.")
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, text: str) -> None:
-        address = self.limiter.parse(text) or text
-        if not self.limiter.bans.pop(address, None):
-            raise CommandError(f"{address} is not banned.")
-        logger.info("%s ended the ban of %s", person.name, address)
-        self.send(person, "notice", text=f"{address} is no longer banned.")
+        ended: list[str] = []
+        with suppress(ValueError):  # it is no address
+            ended += [each for each in address_names(text) if self.limiter.bans.pop(each, None)]
+        if not ended:
+            raise CommandError(f"{text} is not banned.")
+        for name in ended:
+            logger.info("%s ended the ban of %s", person.name, name)
+            self.send(person, "notice", text=f"{name} is no longer banned.")
 
 
 # ------------
@@ -1402,9 +1403,9 @@ class Reactor:
             self._guard(self._read, conn)
 
     def _process_ready(self) -> None:
-        """Process the input of those who are ready, in the order of `turn_at`."""
+        """Process the input of those who are ready, in the order of `virtual_time`."""
         until = self.clock() + PROCESS_SECONDS
-        for conn in sorted(self.ready, key=lambda each: each.turn_at):
+        for conn in sorted(self.ready, key=lambda each: each.virtual_time):
             if self.clock() > until:
                 return
             if conn in self.ready and self._ready_at(conn) <= self.now:
@@ -1459,7 +1460,7 @@ class Reactor:
         if pings:
             self.ping_at = self.now + PING_SECONDS
         for conn in list(self.connections):
-            if pings and conn.protocol.opened and conn.protocol.PING:
+            if pings and conn.protocol.opened and conn.protocol.PING_DATA:
                 self._guard(self._ping, conn)
             if self.now >= conn.deadline:
                 self._guard(self._on_deadline, conn)
@@ -1472,7 +1473,7 @@ class Reactor:
             self._lose(conn, "it answers no ping")
         else:
             conn.unanswered += 1
-            self.chat.send_raw(conn, conn.protocol.PING)
+            self.chat.send_raw(conn, conn.protocol.PING_DATA)
 
     def _on_deadline(self, conn: Connection) -> None:
         if conn.state is CLOSING or conn.outbox.write_closed:
@@ -1527,11 +1528,11 @@ class Reactor:
 
     def _evict(self, conn: Connection) -> None:
         """Close the oldest of those departing, while there are too many like this one."""
-        while surplus := self.limiter.surplus(conn):
-            if surplus.is_unfinished:
-                self._drop(surplus, "too many connections")
+        while other := self.limiter.to_evict(conn):
+            if other.is_unfinished:
+                self._drop(other, "too many connections")
             else:
-                self._close(surplus)
+                self._close(other)
 
     # One connection
     def _guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
@@ -1625,7 +1626,8 @@ class Reactor:
                     self._close(conn)
                     return
                 # To close with input unread resets the connection (RFC 1122, 4.2.2.13).
-                self._shutdown(conn, socket.SHUT_WR)
+                with suppress(OSError):  # the peer is gone already
+                    conn.sock.shutdown(socket.SHUT_WR)
         reads = not conn.eof and len(conn.read_buffer) < READ_AHEAD
         self._ask_selector(conn, READ * reads | WRITE * (conn in self.blocked))
 
@@ -1648,14 +1650,8 @@ class Reactor:
             self.chat.changed[conn] = None
             conn.outbox.close_writes()
             self.limiter.depart(conn)
-            self._shutdown(conn, socket.SHUT_RDWR)
-
-    def _shutdown(self, conn: Connection, how: int) -> None:
-        try:
-            conn.sock.shutdown(how)
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:  # the peer is gone already
-                raise
+            with suppress(OSError):  # the peer is gone already
+                conn.sock.shutdown(socket.SHUT_RDWR)
 
     def _ask_selector(self, conn: Connection, events: int) -> None:
         if events != conn.events:
@@ -1873,7 +1869,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
-    most = raise_descriptor_limit() - SPARE_DESCRIPTORS - LOBBY
+    most = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
     if most < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
@@ -1883,10 +1879,8 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [each.getsockname()[1] for each in listeners]
-    shown = [each for each in vars(options).items() if each[1] or type(each[1]) is int]
-    chosen = ", ".join(f"{name} {value}" for name, value in shown)
-    what = f"BATCHAT {__version__}, process {os.getpid()}, ports {'/'.join(map(str, ports))}"
-    logger.info("%s, %d connections at most; %s", what, most, chosen)
+    about = __version__, os.getpid(), ports, most, vars(options)
+    logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *about)
     announce(options.host, ports)
     started, ok = time.monotonic(), reactor.run()
     seconds = time.monotonic() - started
@@ -1938,12 +1932,12 @@ encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def frame(opcode: int, payload: bytes) -> bytes:
     """A whole message as a server sends it: in one frame, not masked."""
-    size = len(payload)
+    first, size = FINAL | opcode, len(payload)
     if size < 126:
-        return struct.pack("!BB", FINAL | opcode, size) + payload
+        return bytes([first, size]) + payload
     if size < 1 << 16:
-        return struct.pack("!BBH", FINAL | opcode, 126, size) + payload
-    return struct.pack("!BBQ", FINAL | opcode, 127, size) + payload
+        return struct.pack("!BBH", first, 126, size) + payload
+    return struct.pack("!BBQ", first, 127, size) + payload
 
 
 def unmask(payload: bytes, key: bytes) -> bytes:
@@ -1964,7 +1958,7 @@ class Web(Protocol):
     """
 
     ECHO = True  # the confirmation, with the id of the event
-    PING = frame(PING, b"")
+    PING_DATA = frame(PING, b"")
 
     def __init__(self) -> None:
         super().__init__()
@@ -2036,7 +2030,8 @@ class Web(Protocol):
         if path == "/hello":
             return self._respond(HTTPStatus.OK, body=HELLO)
         if self.ban:
-            return self._respond(HTTPStatus.FORBIDDEN, body=f"{self.ban}\n")
+            text = CLOSING_TEXT["banned"].format(text=self.ban)
+            return self._respond(HTTPStatus.FORBIDDEN, body=f"{text}\n")
         return self._respond(HTTPStatus.OK, body=PAGE, kind="html")
 
     def _upgrade(self, method: str, minor: str, fields: dict[str, str]) -> Message:
@@ -2066,11 +2061,15 @@ class Web(Protocol):
             f"Date: {formatdate(usegmt=True)}",
             f"Content-Type: text/{kind}; charset=utf-8",
             f"Content-Length: {len(data)}",
-            *("Connection: close", "Cache-Control: no-cache", "X-Content-Type-Options: nosniff"),
+            "Connection: close",
+            "Cache-Control: no-cache",
+            "X-Content-Type-Options: nosniff",
             f"Content-Security-Policy: {page_policy()}",
-            *(*more, "", ""),
+            *more,
         ]
-        self.replies += "\r\n".join(lines).encode() + data * (not self._data.startswith(b"HEAD "))
+        self.replies += "\r\n".join([*lines, "", ""]).encode()
+        if not self._data.startswith(b"HEAD "):
+            self.replies += data
         self._state = NOTHING
         return DISCONNECT
 
@@ -2153,7 +2152,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
 
-SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, VERSION = {EVENTS_VERSION};' + r"""
+SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, PROTOCOL = {PROTOCOL_VERSION};' + r"""
 const BLOCK = 6000, BLOCKS = 50;  // characters in a block of lines; blocks that are kept
 const TALK = ["said", "did", "whisper"];
 const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line that may hold one
@@ -2184,7 +2183,7 @@ let completing = {};  // the names that Tab goes through
 function connect() {
   socket = new WebSocket("chat");
   state = "calling";
-  tell("");
+  setStatus("");
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
   socket.onclose = disconnected;
 }
@@ -2193,13 +2192,13 @@ function disconnected({ code }) {
   setPeople([]);
   if (closing ? ["full", "crowded", "shutdown"].includes(closing) : code !== 1000) {
     state = "calling";
-    tell(`Disconnected. Reconnecting in ${pause} s \u2026`);
+    setStatus(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
     pause = Math.min(pause * 2, 30);
   } else {
-    tell((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
+    setStatus((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
     [state, pause, closing] = ["left", 1, ""];
-    setName("");
+    loseName();
     giveUp();
   }
 }
@@ -2210,11 +2209,11 @@ function receive(event) {
 const handlers = {
   greeting(event) {
     const query = `?${event.protocol}`;
-    if (event.protocol !== VERSION && location.search !== query) {  // this page is old: load the new one, once
+    if (event.protocol !== PROTOCOL && location.search !== query) {  // this page is old: load the new one, once
       socket.close();
       return location.replace(query);
     }
-    if (!room && !name) { show(event); state = "naming"; }
+    if (!room && !name) { show(event); state = "naming"; }  // so the prompt is shown, too
     [seen, room, maxLine] = [event.room === room ? seen : -1, event.room, event.max_line];
   },
   prompt(event) {
@@ -2224,10 +2223,10 @@ const handlers = {
   },
   error(event) {
     if (state === "calling") {
-      const reconnecting = pause !== 1 && Date.now() < awaySince + 150_000;  // the lost connection may have the name
-      if (reconnecting && event.code === "name_taken") return socket.close();
-      [state, parked, input.value] = ["naming", input.value, ""];
-      setName("");
+      const isRetry = pause !== 1, mayBeOurs = Date.now() < awaySince + 150_000;  // the lost connection has it still
+      if (isRetry && mayBeOurs && event.code === "name_taken") return socket.close();
+      state = "naming";
+      loseName();
     }
     show(event);
   },
@@ -2264,7 +2263,8 @@ function setName(value) {
   input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
-function tell(text) { status.textContent = text; }
+function loseName() { setName(""); parked += input.value; input.value = ""; }
+function setStatus(text) { status.textContent = text; }
 function resume(events) {  // show what is new to us of the history; null if the server keeps none
   let missed = (events || []).filter(event => event.id > seen);
   if (awaySince) {
@@ -2285,13 +2285,13 @@ function pendingOf(line) {  // the event that will come back, if any
   const me = line.match(/^\s*\/me\s+(\S.*)/i), at = Date.now() / 1000;
   if (me) return [{ type: "did", at, name, text: me[1].trimEnd() }];
   if (/^\s*\/(?!\/)/.test(line)) return [];  // another command
-  return [{ type: "said", at, name, text: line.replace(/^\s*\/\//, "/") }];
+  return [{ type: "said", at, name, text: line.replace(/^\s*\/(\/.*?)\s*$/, "$1") }];
 }
 function confirm(event) {  // if the room has changed its text, it is the oldest
   if (!["said", "did"].includes(event.type) || !isOwn(event)) return;
-  const at = pending.findIndex(own => own.type === event.type && own.text === event.text);
-  if (state === "chatting") pending.splice(0, Math.max(at, 0) + 1);  // those before it were not said
-  else if (at >= 0) pending.splice(at, 1);  // other lines of the history may be older than all pending ones
+  const i = pending.findIndex(own => own.type === event.type && own.text === event.text);
+  if (state === "chatting") pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
+  else if (i >= 0) pending.splice(i, 1);  // other lines of the history may be older than all pending ones
 }
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
@@ -2353,9 +2353,9 @@ function paint() {  // at most one block, so that the page stays responsive
 function paragraph(event) {
   const { type, how } = event, own = TALK.includes(type) && isOwn(event) && "own";
   const className = [type, how, own, isCalled(event) && "mention"].filter(Boolean).join(" ");
-  const parts = templates[type].flatMap((part, at, all) => {  // an empty field drops its colon
-    if (at % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
-    return event[all[at + 1]] === "" ? part.replace(": ", "") : part;
+  const parts = templates[type].flatMap((part, i, all) => {  // an empty field drops its colon
+    if (i % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
+    return event[all[i + 1]] === "" ? part.replace(": ", "") : part;
   });
   const date = dateOf(event), dateTime = date.toISOString();
   const timed = !["greeting", "prompt", "gap"].includes(type);
@@ -2364,16 +2364,18 @@ function paragraph(event) {
   return element("p", { className }, ...parts);
 }
 function hueOf(one) {  // far from the one before
-  if (hues.size > 1000) hues.clear();
-  if (!hues.has(one)) hues.set(one, hues.size * 137);
+  if (!hues.has(one)) {
+    if (hues.size > 1000) hues.clear();
+    hues.set(one, hues.size * 137);
+  }
   return hues.get(one);
 }
 const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const fields = {  // how to show those that are not just text
   name: person, to: person, from: person, by: person,
   banner: text => element("pre", { ariaHidden: "true" }, text),
-  names: all => all.flatMap(({ name, operator, address }, at) =>
-    [(at ? ", " : "") + (operator ? "@" : ""), element("bdi", {}, name), address ? ` (${address})` : ""]),
+  names: all => all.flatMap(({ name, operator, address }, i) =>
+    [(i ? ", " : "") + (operator ? "@" : ""), element("bdi", {}, name), address ? ` (${address})` : ""]),
   commands: rows => element("span", { className: "rows" }, ...rows.flat().map(cell => element("span", {}, cell))),
 };
 function element(tag, more, ...children) {
@@ -2384,8 +2386,8 @@ function element(tag, more, ...children) {
 function linked(text) {  // a link that does not go where it seems to is followed by its host
   const parts = text.split(LINK);
   parts.push(parts.splice(20).join(""));  // ten links are enough
-  return parts.flatMap((part, at) => {
-    const url = at % 2 && URL.canParse(part) && new URL(part);
+  return parts.flatMap((part, i) => {
+    const url = i % 2 && URL.canParse(part) && new URL(part);
     if (!url || url.username || url.password) return part;
     const how = { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", dir: "ltr" };
     return [element("a", how, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
@@ -2413,7 +2415,7 @@ const canSay = () => ["naming", "chatting"].includes(state);
 function say(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
-  if (bytes > maxLine) return tell(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
+  if (bytes > maxLine) return setStatus(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
   socket.send(line);
   if (state !== "chatting") return true;
   const kept = PASSWORD.test(line) ? [] : [line];
@@ -2427,7 +2429,7 @@ function say(line) {  // returns whether the input may be cleared
 form.onsubmit = event => {
   event.preventDefault();
   if (state !== "left" && !canSay()) return;
-  tell("");
+  setStatus("");
   if (state === "left") { setName(input.value.trim()); connect(); }
   else if (!say(input.value)) return;
   input.value = "";  // otherwise it stays
@@ -2437,14 +2439,14 @@ input.onpaste = event => {  // by itself, an input joins many lines into one
   if (all.length === 1 || !canSay()) return;
   event.preventDefault();
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
-  input.value = all.pop() + input.value.slice(input.selectionEnd);
-  tell("");
-  all.forEach(say);
+  const last = all.pop() + input.value.slice(input.selectionEnd);
+  setStatus("");
+  input.value = [...all.filter(line => !say(line)), last].join(" ");
 };
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
-  const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  if (to in typed) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = typedAt + step;
+  if (step && to in typed) {
     event.preventDefault();
     typed[typedAt] = input.value;
     input.value = typed[typedAt = to];
@@ -2457,11 +2459,11 @@ function complete() {  // put the next name that fits before the cursor; returns
     const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
     const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
     const wanted = start || /^\/msg $|@$/.test(before);
-    completing = { at: before.length - start.length, found: wanted ? sortedNames().filter(fits) : [] };
+    completing = { from: before.length - start.length, found: wanted ? sortedNames().filter(fits) : [] };
   }
-  const { at, found } = completing, next = found.shift();
+  const { from, found } = completing, next = found.shift();
   if (!next) return false;
-  input.setRangeText(next + (at ? " " : ": "), at, input.selectionStart, "end");
+  input.setRangeText(next + (from ? " " : ": "), from, input.selectionStart, "end");
   completing.made = inputNow();
   return found.push(next);
 }
