@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import hmac
 import ipaddress
 import json
 import logging
@@ -655,7 +657,7 @@ def address_names(text: str) -> tuple[str, str]:
     if address.version == 6 and not address.is_loopback and not address.is_link_local:
         network = str(ipaddress.ip_network((address, 64), strict=False))
     if bits and (bits != "64" or network == name):
-        raise ValueError("only an IPv6 /64 counts as one")
+        raise ValueError(text)
     return network if bits else name, network
 
 
@@ -747,7 +749,7 @@ class Limiter:
     def ban(self, name: str, minutes: int, by: str) -> None:
         """Ban an address or a /64; a longer ban stays as it is."""
         ban = Ban(self.now + 60 * minutes, by)
-        self.bans[name] = max(ban, self.bans.get(name, ban))  # by `until`, their first field
+        self.bans[name] = max(ban, self.bans.get(name, ban))  # by `until`
 
     def banned_minutes(self, *names: str) -> int:
         """For how long any of these is still banned; 0 if none is."""
@@ -1170,9 +1172,7 @@ class Chat:
 
     @command("/op PASSWORD", "become an operator", operators=True)
     def _op(self, person: Person, password: str) -> None:
-        from hmac import compare_digest  # here, because it takes 4 MB that few need
-
-        if compare_digest(password.encode(), self.settings.password.encode()):
+        if hmac.compare_digest(password.encode(), self.settings.password.encode()):
             person.operator = True
             logger.info("%s is an operator (%s)", person.name, person.origin)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
@@ -1762,16 +1762,6 @@ def open_listener(host: str | None, *ports: int) -> socket.socket:
     sys.exit(f"batchat: can't listen on {host or 'any address'}, port {port}: {why}")
 
 
-def open_listeners(options: argparse.Namespace) -> dict[socket.socket, type[Protocol]]:
-    """The listeners that were asked for; exits if one can't be opened."""
-    listeners: dict[socket.socket, type[Protocol]] = {}
-    listeners[open_listener(options.host, options.port)] = Telnet
-    if not options.no_web:
-        ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
-        listeners[open_listener(options.host, *ports)] = Web
-    return listeners
-
-
 def announce(host: str | None, ports: list[int]) -> None:
     """Say how to join: on standard output, or else in the log."""
     name = host or "localhost"
@@ -1875,7 +1865,11 @@ def main(arguments: list[str] | None = None) -> int:
     password = read_password(options.password_file) if options.password_file else ""
     given = {name: value for name, value in vars(options).items() if name in Settings._fields}
     settings = Settings(**given, password=password, max_connections=most)
-    listeners = open_listeners(options)
+    listeners: dict[socket.socket, type[Protocol]] = {}
+    listeners[open_listener(options.host, options.port)] = Telnet
+    if not options.no_web:
+        web_ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
+        listeners[open_listener(options.host, *web_ports)] = Web
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [each.getsockname()[1] for each in listeners]
@@ -1902,8 +1896,6 @@ WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 def digest(algorithm: str, text: str) -> str:
     """A hash of `text`, in base64."""
-    import hashlib  # here, because it takes 4 MB that telnet does not need
-
     return b64encode(hashlib.new(algorithm, text.encode()).digest()).decode()
 
 
@@ -2165,18 +2157,27 @@ const [log, lines, waiting, more, form, input, status, who, list] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
-// "calling", "naming" (we are asked for a name), "arriving" (the history may come next), "chatting", "left"
+// The states: "calling", until we are asked for a name or have one again; "naming"; "arriving", until the next event,
+// which may be the history; "chatting"; "left", until the user enters a name to rejoin.
 let state, socket;
-let name, mention, parked = "";  // finds our name in a text; what was typed before a name was refused
-let closing, pause = 1;  // why the server refused us last; seconds until the next try
-let awaySince = 0, asked = false;  // when we were last in the room; people will come, for the page alone
-let room, seen, maxLine;  // this run of the server; the highest id of an event; bytes
-let people = new Map(), hues = new Map();  // name -> whether an operator; name -> degrees
-let queue = [], queued = 0, pending = [];  // events to paint; their size; own lines that have not come back
-let block, space = 0, lastDay = new Date().toDateString();  // the last block; how much it still takes
-let following = true, sizes, below = 0;  // the end stays in sight; sizes then; new lines below
-let unread = 0, called = false;  // talk in a hidden tab; some is for us
-let typed = [""], typedAt = 0;  // the lines entered, and what is typed now; which of them is shown
+let name, mention;  // ours; what finds it in a text
+let draft = "";  // what was typed before we lost our name
+let closing;  // the code of the last closing event
+let pause = 1;  // seconds until the next try; it doubles
+let awaySince = 0;  // when the room was lost
+let room, maxLine;  // of the last greeting
+let lastId;  // the highest one of an event that was shown
+let people = new Map();  // name -> whether an operator
+let asked = false;  // for the people, and not by the user
+let hues = new Map();  // name -> degrees
+let pending = [];  // own lines that have not come back
+let queue = [], queued = 0;  // events to paint; their size
+let block, space = 0;  // the last block; what it still takes
+let lastDay = new Date().toDateString();
+let following = true, sizes;  // whether the end stays in sight; sizes at that time
+let below = 0;  // new lines below what is in sight
+let unread = 0, called = false;  // talk in a hidden tab; whether some is for us
+let typed = [""], typedAt = 0;  // the lines entered, and what is typed now; which one is in the input
 let completing = {};  // the names that Tab goes through
 
 // The connection
@@ -2197,11 +2198,12 @@ function disconnected({ code }) {
     pause = Math.min(pause * 2, 30);
   } else {
     setStatus((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
-    [state, pause, closing] = ["left", 1, ""];
+    enter("left");
     loseName();
     giveUp();
   }
 }
+function enter(next) { [state, pause, closing] = [next, 1, ""]; }
 function receive(event) {
   if (state === "arriving" && event.type !== "history") resume(null);
   (handlers[event.type] || show)(event);
@@ -2213,28 +2215,28 @@ const handlers = {
       socket.close();
       return location.replace(query);
     }
-    if (!room && !name) { show(event); state = "naming"; }  // so the prompt is shown, too
-    [seen, room, maxLine] = [event.room === room ? seen : -1, event.room, event.max_line];
+    if (!room && !name) show(event);
+    [lastId, room, maxLine] = [event.room === room ? lastId : -1, event.room, event.max_line];
   },
   prompt(event) {
     if (state === "calling" && name) return socket.send(name);
-    if (state !== "calling") show(event);
-    [state, pause, closing] = ["naming", 1, ""];
+    enter("naming");
+    show(event);
   },
   error(event) {
     if (state === "calling") {
       const isRetry = pause !== 1, mayBeOurs = Date.now() < awaySince + 150_000;  // the lost connection has it still
       if (isRetry && mayBeOurs && event.code === "name_taken") return socket.close();
-      state = "naming";
       loseName();
     }
     show(event);
   },
   welcome(event) {
-    [state, pause, closing, asked] = ["arriving", 1, "", true];
+    enter("arriving");
     setName(event.name);
     if (!awaySince) show(event);
-    [input.value, parked] = [parked + input.value, ""];
+    [input.value, draft] = [draft + input.value, ""];
+    asked = true;
     socket.send("/who");
   },
   history(event) { resume(event.events); },
@@ -2263,10 +2265,10 @@ function setName(value) {
   input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
-function loseName() { setName(""); parked += input.value; input.value = ""; }
+function loseName() { setName(""); draft += input.value; input.value = ""; }
 function setStatus(text) { status.textContent = text; }
 function resume(events) {  // show what is new to us of the history; null if the server keeps none
-  let missed = (events || []).filter(event => event.id > seen);
+  let missed = (events || []).filter(event => event.id > lastId);
   if (awaySince) {
     const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
     const note = events ? "" : " Messages of that time are not shown.";
@@ -2317,7 +2319,7 @@ function isCalled(event) {
 }
 function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
-  if (event.id > seen) seen = event.id;
+  if (event.id > lastId) lastId = event.id;
   confirm(event);
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
