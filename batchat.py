@@ -1005,8 +1005,7 @@ class Chat:
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            kicked = fields if code == "kicked" else {}
-            self.publish("kicked" if kicked else "quit", person, **kicked)
+            self.publish("kicked" if code == "kicked" else "quit", person, **fields)
             here = len(self.people)
             logger.info("%s left: %s (%s, %d here)", person.name, reason, person.origin, here)
         else:

@@ -2017,6 +2017,12 @@ def test_no_line_with_a_password_is_said(before, slash, rest):
     assert mike.state is CHATTING
 
 
+def test_op_within_a_line_is_said(room):
+    ann, mike = room.join("ann"), room.join("mike")
+    mike.types("type /op and the password")
+    ann.expect("<mike> type /op and the password\n")
+
+
 def test_fifth_name_is_the_last(room):
     assert room.caller(*["a b"] * 4, "eve").state is CHATTING
     eve = room.caller(*["a b"] * 5)
@@ -2140,9 +2146,11 @@ def test_former_name_is_the_latest_of_an_hour(kept, ann):
 def test_ban_takes_an_address(kept, ann):
     """People from there stay.  A network is no address, but for the /64 that counts as one."""
     eve = kept.join("eve", "203.0.113.5")
-    ann.types("/ban 203.0.113.5 5", "/ban 2001:db8::7", "/ban 1.2.3", "/ban 203.0.113.0/24")
-    ann.types("/ban 2001:db8::/48", "/ban 2001:db8:1::/64 9", "/bans")
+    kept.limiter.now = 892.3772230426861  # in floats, 5 minutes later is more than 5 minutes later
+    ann.types("/ban 203.0.113.5/64", "/ban 203.0.113.5 5", "/ban 2001:db8::7", "/ban 1.2.3")
+    ann.types("/ban 203.0.113.0/24", "/ban 2001:db8::/48", "/ban 2001:db8:1::/64 9", "/bans")
     ann.expect(
+        "* A ban takes a name, an address or an IPv6 /64.\n"
         "* 203.0.113.5 is banned for 5 min; others from there are here: 1.\n"
         "* 2001:db8::/64 is banned for 60 min; others from there are here: 0.\n"
         "* Nobody here is called 1.2.3.\n"
@@ -3462,6 +3470,12 @@ def test_websocket_frames_are_written(opcode, size, head):
 def test_websocket_protocol_error_gets_its_code(code, frame):
     messages, answers = sent(frame, masked(1, b"never read"))
     assert (messages, answers) == ([DISCONNECT], [(0x88, code.to_bytes(2, "big"))])
+
+
+@cases("size, head", (0, 2), (125, 2), (126, 4), (65535, 4), (65536, 10))
+def test_websocket_frame_has_its_length(size, head):
+    frame = batchat.frame(1, b"x" * size)
+    assert (len(frame), frames_of(frame)) == (head + size, [(0x81, b"x" * size)])
 
 
 @cases("code", 1000, 1001, 1003, 1007, 1014, 3000, 4000, 4999, None)
