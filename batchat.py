@@ -2214,7 +2214,7 @@ const handlers = {
       socket.close();
       return location.replace(query);
     }
-    if (!room && !name) show(event);
+    if (!name) show(event);
     [lastId, room, maxLine] = [event.room === room ? lastId : -1, event.room, event.max_line];
   },
   prompt(event) {
@@ -2290,7 +2290,7 @@ function pendingOf(line) {  // the event that will come back, if any
 }
 function confirm(event) {  // if the room has changed its text, it is the oldest
   if (!["said", "did"].includes(event.type) || !isOwn(event)) return;
-  const i = pending.findIndex(own => own.type === event.type && own.text === event.text);
+  const i = pending.findIndex(own => own.text === event.text);
   if (state === "chatting") pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
   else if (i >= 0) pending.splice(i, 1);  // other lines of the history may be older than all pending ones
 }

@@ -3982,6 +3982,7 @@ def test_page_shows_why_it_was_disconnected(page):
         page.gives(f"{LAST}.innerText.endsWith('* That was {code}.')")
         way = "Reconnecting in 1 s \u2026" if code in again else "Enter a name to rejoin."
         page.gives("status.textContent", f"Disconnected. {way}")
+    page.gives("[state, pause, closing]", ["left", 1, ""])
 
 
 def test_page_that_is_refused_comes_in_later(mike):
@@ -3994,7 +3995,7 @@ def test_page_that_is_refused_comes_in_later(mike):
         mike.shows("Disconnected. Reconnecting in 0.4 s")
         assert len(mike.lines()) == 1
         ann.types("/quit")
-        mike.gives("state", "naming")
+        mike.gives("[state, pause, closing]", ["naming", 1, ""])
         mike.enters("mike")
         mike.gives("state", "chatting")
 
