@@ -844,7 +844,7 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 # "/op" with any kind of slash, also after punctuation, is never said.
-PASSWORD_LINE = re.compile(r"\A[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
+PASSWORD_LINE = re.compile(r"[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
@@ -1063,7 +1063,9 @@ class Chat:
         if isinstance(line, int):
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise CommandError(text, "too_long")
-        line = PASSWORD_LINE.sub(r"/\1", line)
+        password = PASSWORD_LINE.match(line)
+        if password:
+            line = f"/{password[1]}"
         if line.lstrip()[:1] == "/":
             self._run_command(person, line)
         elif line.strip():
