@@ -253,10 +253,10 @@ class Log:
 class Outbox:
     """What one person still has to be sent: a cursor into the log, and splices.
 
-    A splice `(at, exclude, private)` says: at offset `at` of the log, insert the bytes `private`
-    (a reply to this person), then leave out the next `exclude` bytes (their own line).  So with
-    the cursor at 100 and the splice (150, 20, b"hi"), log[100:150] is sent, then hi, then the log
-    from 170 on.  Splices are in order.  Outside the room the cursor is FOREVER.
+    A splice `(offset, exclude, private)` says: at that offset of the log, insert the bytes
+    `private` (a reply to this person), then leave out `exclude` bytes (their own line).  With the
+    cursor at 100 and the splice (150, 20, b"hi"), log[100:150] is sent, then hi, then the log from
+    170 on.  Splices are in order.  Outside the room the cursor is FOREVER.
     """
 
     def __init__(self, log: Log) -> None:
@@ -308,18 +308,18 @@ class Outbox:
         """Where the last splice ends: from there on, the whole log is sent."""
         if not self.splices:
             return self.cursor
-        at, exclude, _ = self.splices[-1]
-        return at + exclude
+        offset, exclude, _ = self.splices[-1]
+        return offset + exclude
 
-    def _splice(self, at: int, exclude: int, private: bytes) -> None:
+    def _splice(self, offset: int, exclude: int, private: bytes) -> None:
         if self.write_closed:
             return
         self.private_bytes += len(private)
-        adjacent = self.splices and at == self._last
+        adjacent = self.splices and offset == self._last
         if adjacent and len(self.splices[-1][2]) + len(private) <= SPLICE_SIZE:
-            at, excluded, earlier = self.splices.pop()
+            offset, excluded, earlier = self.splices.pop()
             exclude, private = excluded + exclude, earlier + private
-        self.splices.append((at, exclude, private))
+        self.splices.append((offset, exclude, private))
 
     def unsent(self) -> memoryview:
         """Everything pending, in order.  Release it before the log grows."""
@@ -328,9 +328,9 @@ class Outbox:
             return memoryview(log.data)[cursor - log.start :]
         with memoryview(log.data) as view:
             pieces: list[bytes | memoryview] = []
-            for at, exclude, private in self.splices:
-                pieces += (view[cursor - log.start : at - log.start], private)
-                cursor = at + exclude
+            for offset, exclude, private in self.splices:
+                pieces += (view[cursor - log.start : offset - log.start], private)
+                cursor = offset + exclude
             pieces.append(view[cursor - log.start :])
             return memoryview(b"".join(pieces))
 
@@ -340,11 +340,11 @@ class Outbox:
         Of a splice that was sent in part, the rest of its private bytes stays, at the cursor.
         """
         done = 0
-        for at, exclude, private in self.splices:
-            if sent < at - self.cursor:
+        for offset, exclude, private in self.splices:
+            if sent < offset - self.cursor:
                 break  # within a piece of the log
-            sent -= at - self.cursor
-            self.cursor = at + exclude  # excluded bytes count as sent
+            sent -= offset - self.cursor
+            self.cursor = offset + exclude  # excluded bytes count as sent
             taken = min(sent, len(private))
             self.private_bytes -= taken
             sent -= taken
@@ -493,10 +493,10 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
 
     Returns the text, with keys for commands; an incomplete command at the end; and the replies.
     """
-    text, at, rest, replies = bytearray(before), 0, b"", bytearray()
+    text, end, rest, replies = bytearray(before), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
-        text += data[at : command.start()]
-        at = command.end()
+        text += data[end : command.start()]
+        end = command.end()
         verb, option, subnegotiation, simple, begun = command.groups()
         if subnegotiation is not None:
             rest = IAC + b"\xfa" + subnegotiation  # its content is not kept
@@ -512,7 +512,7 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
                 replies += HERE
             else:
                 text += key
-    return bytes(text[len(before) :]) + data[at:], rest, bytes(replies)
+    return bytes(text[len(before) :]) + data[end:], rest, bytes(replies)
 
 
 class Telnet(Protocol):
@@ -528,7 +528,7 @@ class Telnet(Protocol):
         self._fed = self._scanned = (b"", b"")
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
-        self._at = 0  # how much of `_text` was taken
+        self._taken = 0  # bytes of `_text`
         self._skipping = False  # the current line is too long
         self._key = b""  # Ctrl-C or Ctrl-D: everything after it is ignored
 
@@ -581,20 +581,20 @@ class Telnet(Protocol):
             self._key = CTRL_C
             if DO_TIMING_MARK in ahead:  # until it is answered, telnet shows nothing
                 self.replies += WONT_TIMING_MARK
-        self._text, self._at, self._skipping = b"", 0, False
+        self._text, self._taken, self._skipping = b"", 0, False
         return True
 
     def next(self) -> Message | None:
         while True:
-            start, end = self._at, self._text.find(b"\n", self._at)
+            start, end = self._taken, self._text.find(b"\n", self._taken)
             stop = end if end >= 0 else len(self._text)
             if stop - start > LINE_LIMIT and not self._skipping:
-                self._at, self._skipping = stop, True
+                self._taken, self._skipping = stop, True
                 return TOO_LONG
             if end < 0:
-                self._text, self._at = b"" if self._skipping else self._text[start:], 0
+                self._text, self._taken = b"" if self._skipping else self._text[start:], 0
                 return DISCONNECT if self._key or self.ended else None
-            self._at = end + 1
+            self._taken = end + 1
             if not self._skipping:
                 return clean(decode_line(self._text[start:end]))
             self._skipping = False
@@ -2435,7 +2435,7 @@ form.onsubmit = event => {
   setStatus("");
   if (state === "left") { setName(input.value.trim()); connect(); }
   else if (!say(input.value)) return;
-  input.value = "";  // otherwise it stays
+  input.value = "";
 };
 input.onpaste = event => {  // by itself, an input joins many lines into one
   const all = event.clipboardData.getData("text").split(/\r\n?|\n/);
@@ -2494,7 +2494,7 @@ PAGE = f"""<!DOCTYPE html>
 
 @functools.lru_cache
 def page_policy() -> str:
-    """What the page may do: run its own script and style, by their hashes, and no more."""
+    """What the page may do: run its own script and style, by their hashes."""
     return (
         f"default-src 'none'; script-src 'sha256-{digest('sha256', SCRIPT)}'; "
         f"style-src 'sha256-{digest('sha256', STYLE)}'; connect-src 'self'; img-src data:; "
