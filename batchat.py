@@ -198,9 +198,10 @@ BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
 ADDRESSES_LIMIT = 10_000  # kept besides those in use
-REMEMBERED = 10_000  # former names, and wrong passwords
-REMEMBERED_SECONDS = 3600.0
-WRONG_PASSWORDS_WARNED = 10  # within that time, from one address
+FORMER_NAMES = 10_000
+WRONG_PASSWORDS = 1000
+REMEMBERED_SECONDS = 3600.0  # both of these
+WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
 class Settings(NamedTuple):
@@ -843,8 +844,11 @@ class CommandError(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# "/op" with any kind of slash, also after punctuation, is never said.
-PASSWORD_LINE = re.compile(r"[\W_]*[/\\\u2044\uff0f](op(?:\s.*|\Z))", re.IGNORECASE | re.DOTALL)
+# "/op" with any kind of slash or letters, also after punctuation, is never said.
+PASSWORD_LINE = re.compile(
+    r"[\W_]*[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*([o\uff4f][p\uff50](?:\W.*|\Z))",
+    re.IGNORECASE | re.DOTALL,
+)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
@@ -912,8 +916,8 @@ class Chat:
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
         # Former names: when they were given up, name_key, whose.
-        self._former: deque[tuple[float, str, Person]] = deque(maxlen=REMEMBERED)
-        self._wrong: deque[tuple[float, str]] = deque(maxlen=REMEMBERED)  # passwords: when, where
+        self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
+        self._wrong: deque[tuple[float, str]] = deque(maxlen=WRONG_PASSWORDS)  # passwords: when, where
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # Showing events
@@ -1877,9 +1881,8 @@ def main(arguments: list[str] | None = None) -> int:
     about = __version__, os.getpid(), ports, most, vars(options)
     logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *about)
     announce(options.host, ports)
-    started, ok = time.monotonic(), reactor.run()
-    seconds = time.monotonic() - started
-    logger.info("stopped after %d s, in which %d people joined", seconds, reactor.chat.joined)
+    ok = reactor.run()
+    logger.info("stopped; %d people had joined", reactor.chat.joined)
     return 0 if ok else 1
 
 
@@ -2148,7 +2151,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, PROTOCOL = {PROTOCOL_VERSION};' + r"""
 const BLOCK = 6000, BLOCKS = 50;  // characters in a block of lines; blocks that are kept
 const TALK = ["said", "did", "whisper"];
-const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\uff0f]op(\s|$)/iu;  // a line that may hold one
+const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50](?![\p{L}\p{N}_])/iu;
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
 const LINK =  // it has brackets only in pairs, and does not end with punctuation
@@ -2266,7 +2269,12 @@ function setName(value) {
   input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
-function loseName() { setName(""); draft += input.value; input.value = ""; }
+function loseName() {
+  setName("");
+  if (input.value) input.blur();  // what they go on to type is no name
+  draft += input.value;
+  input.value = "";
+}
 function setStatus(text) { status.textContent = text; }
 function resume(events) {  // show what is new to us of the history; null if the server keeps none
   let missed = (events || []).filter(event => event.id > lastId);
@@ -2448,8 +2456,8 @@ input.onpaste = event => {  // by itself, an input joins many lines into one
 };
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = typedAt + step;
-  if (step && to in typed) {
+  const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];  // NaN for other keys
+  if (to in typed) {
     event.preventDefault();
     typed[typedAt] = input.value;
     input.value = typed[typedAt = to];
