@@ -94,7 +94,7 @@ TEXT = {
 
 # The text of "closing", by its code.
 CLOSING_TEXT = {
-    "banned": "Your address is banned for {text}.",
+    "banned": "Your address is banned for {duration}.",
     "full": "BATCHAT is full, please try again later.",
     "crowded": "Too many people are here from your address, please try again later.",
     "kicked": "You were kicked by {by}: {text}",
@@ -634,9 +634,9 @@ class Quota:
 class Address(Quota):
     """An address, or an IPv6 /64, with its token bucket; kept until the bucket is full."""
 
-    def __init__(self, name: str, limit: int, rate: int) -> None:
+    def __init__(self, key: str, limit: int, rate: int) -> None:
         super().__init__(limit, limit)
-        self.name = name
+        self.key = key
         self.bucket = TokenBucket(rate)
 
 
@@ -648,18 +648,25 @@ class Ban(NamedTuple):
 LOCALHOST = "localhost"
 
 
+class Host(NamedTuple):
+    """Where somebody connects from."""
+
+    address: str
+    network: str  # the address's IPv6 /64; the address itself, if it has none
+
+
 @functools.lru_cache
-def address_names(text: str) -> tuple[str, str]:
-    """An address, and its IPv6 /64 if it has one; of a /64, itself twice.  May raise ValueError."""
-    host, _, bits = text.partition("/")
-    address = ipaddress.ip_address(host.partition("%")[0])
+def parse_host(text: str) -> Host:
+    """The host with this address; of an IPv6 /64, the /64 twice.  May raise ValueError."""
+    address_text, _, bits = text.partition("/")
+    address = ipaddress.ip_address(address_text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     name = network = LOCALHOST if address.is_loopback else str(address)
     if address.version == 6 and not address.is_loopback and not address.is_link_local:
         network = str(ipaddress.ip_network((address, 64), strict=False))
     if bits and (bits != "64" or network == name):
         raise ValueError(text)
-    return network if bits else name, network
+    return Host(network if bits else name, network)
 
 
 class Limiter:
@@ -671,17 +678,17 @@ class Limiter:
         self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
         self.addresses: dict[str, Address] = {}  # those who connect are counted by them
         self.bans: dict[str, Ban] = {}  # by address or /64
-        self.networks: set[str] = set()  # our own: in them, each address counts alone
+        self.own_networks: set[str] = set()  # those in which we have been called
 
-    def add(self, person: Person, host: str, ours: str = "") -> None:
+    def add(self, person: Person, peer: str, ours: str = "") -> None:
         """Count a connection; where there are too many, the person is rejected.
 
-        `ours` is our end of the connection, if we know it.
+        `peer` and `ours` are the addresses of its two ends; a proxy hides ours.
         """
-        person.address_names = address_names(host)
+        person.host = parse_host(peer)
         if ours:
-            self.networks.add(address_names(ours)[1])
-        person.address = self.address(self.counted_name(person.address_names))
+            self.own_networks.add(parse_host(ours).network)
+        person.address = self.address(self.counted_as(person.host))
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
             quota.connections += 1
@@ -690,12 +697,11 @@ class Limiter:
         if person.rejected or person.outbox.write_closed:
             self.depart(person)
         if self.settings.rate:
-            self._queue_later(person, JOIN_TOKENS)  # newcomers do not go before all others
+            self._queue_later(person, JOIN_TOKENS)  # or newcomers would go before all others
 
-    def counted_name(self, names: tuple[str, str]) -> str:
+    def counted_as(self, host: Host) -> str:
         """What counts as one: an IPv6 /64, but in our own networks each address."""
-        name, network = names
-        return name if network in self.networks else network
+        return host.address if host.network in self.own_networks else host.network
 
     def depart(self, person: Person) -> None:
         """Count a connection, which will end soon, no longer against the limits."""
@@ -708,17 +714,17 @@ class Limiter:
             quota.connections -= 1
             quota.departing.pop(person, None)
 
-    def address(self, name: str) -> Address:
-        """The address with this name; a new one if it is not known."""
-        if name not in self.addresses:
+    def address(self, key: str) -> Address:
+        """The address with this key; a new one if it is not known."""
+        if key not in self.addresses:
             if len(self.addresses) >= ADDRESSES_LIMIT:
-                idle = (key for key, each in self.addresses.items() if not each.connections)
+                idle = (old for old, each in self.addresses.items() if not each.connections)
                 self.addresses.pop(next(idle, ""), None)
             rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
-            if name == LOCALHOST:
+            if key == LOCALHOST:
                 rate, limit = rate * LOCALHOST_SHARE, 0
-            self.addresses[name] = Address(name, limit, rate)
-        return self.addresses[name]
+            self.addresses[key] = Address(key, limit, rate)
+        return self.addresses[key]
 
     def to_evict(self, person: Person) -> Any:
         """Who must go, because too many like this person are departing; None if nobody."""
@@ -741,20 +747,20 @@ class Limiter:
 
     def tick(self) -> None:
         """Forget the addresses that are idle, and the bans that are over."""
-        for name, address in list(self.addresses.items()):
+        for key, address in list(self.addresses.items()):
             full_at = address.bucket.ready_at + BURST_SECONDS
             if full_at <= self.now and not address.connections:
-                del self.addresses[name]
-        self.bans = {name: ban for name, ban in self.bans.items() if ban.until > self.now}
+                del self.addresses[key]
+        self.bans = {key: ban for key, ban in self.bans.items() if ban.until > self.now}
 
-    def ban(self, name: str, minutes: int, by: str) -> None:
+    def ban(self, key: str, minutes: int, by: str) -> None:
         """Ban an address or a /64; a longer ban stays as it is."""
         ban = Ban(self.now + 60 * minutes, by)
-        self.bans[name] = max(ban, self.bans.get(name, ban))  # by `until`
+        self.bans[key] = max(ban, self.bans.get(key, ban))  # by `until`
 
-    def banned_minutes(self, *names: str) -> int:
+    def banned_minutes(self, *keys: str) -> int:
         """For how long any of these is still banned; 0 if none is."""
-        until = max((self.bans[each].until for each in names if each in self.bans), default=0)
+        until = max((self.bans[each].until for each in keys if each in self.bans), default=0)
         return max(0, math.ceil((until - self.now) / 60 - 1e-6))  # floats are not exact
 
 
@@ -781,8 +787,8 @@ class Person:
     """Somebody who is connected."""
 
     # Limiter.add sets these.
+    host: Host
     address: Address
-    address_names: tuple[str, str]
     bucket: TokenBucket
 
     def __init__(self, origin: str, log: Log, now: float) -> None:
@@ -808,22 +814,21 @@ class History:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # lines
-        # Each with the names of its address, and its size.
-        self._lines: deque[tuple[Event, tuple[str, str], int]] = deque()
+        self._lines: deque[tuple[Event, Host, int]] = deque()  # each with its size
         self._size = 0  # bytes of text
         # In each format: made when a newcomer needs it, kept until the next line.
         self.encoded: dict[type[Protocol], bytes] = {}
 
-    def append(self, event: Event, address_names: tuple[str, str]) -> None:
+    def append(self, event: Event, host: Host) -> None:
         size = len(event["text"].encode())
-        self._lines.append((event, address_names, size))
+        self._lines.append((event, host, size))
         self._size += size
         while len(self._lines) > self.limit or self._size > HISTORY_SIZE:
             self._size -= self._lines.popleft()[2]
         self.encoded.clear()
 
     def forget(self, address: str) -> None:
-        """Drop the lines that came from there."""
+        """Drop the lines that came from an address or a /64."""
         self._lines = deque(line for line in self._lines if address not in line[1])
         self._size = sum(size for _, _, size in self._lines)
         self.encoded.clear()
@@ -912,7 +917,7 @@ class Chat:
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.changed: dict[Any, None] = {}  # the people who must be reconciled
         self.new_bytes = 0  # of events, in all formats, in this iteration
-        self.at = 0  # when this iteration began, in seconds since the epoch
+        self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
         # Former names: when they were given up, name_key, whose.
@@ -924,7 +929,7 @@ class Chat:
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
         """Show everyone in the room an event, but not what people say to those who ignore them."""
         self._last_id += 1
-        event = {"type": kind, "id": self._last_id, "at": self.at, "name": person.name, **fields}
+        event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name, **fields}
         for log in self.logs.values():
             if log.readers:
                 data = log.protocol.encode(event)
@@ -932,7 +937,7 @@ class Chat:
                 self.new_bytes += len(data)
         if kind in ("said", "did"):
             if self.history.limit:
-                self.history.append(event, person.address_names)
+                self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for each in self._ignorers.get(person, ()):
@@ -962,18 +967,18 @@ class Chat:
 
     def _reject(self, person: Person) -> bool:
         """Disconnect a caller if they may not join; returns whether that was so."""
-        ban = self._ban_left(person)
+        ban = self._ban_duration(person)
         if ban:
             person.rejected = "banned"
         elif 0 < self.settings.max_people <= len(self.people):
             person.rejected = "full"
         if person.rejected:
-            self.disconnect(person, person.rejected, person.rejected, text=ban)
+            self.disconnect(person, person.rejected, person.rejected, duration=ban)
         return bool(person.rejected)
 
-    def _ban_left(self, person: Person) -> str:
+    def _ban_duration(self, person: Person) -> str:
         """For how long a caller is still banned, in words; "" if they are not."""
-        minutes = self.limiter.banned_minutes(*person.address_names)
+        minutes = self.limiter.banned_minutes(*person.host)
         return f"{minutes} more minute" + "s" * (minutes > 1) if minutes else ""
 
     def _join(self, person: Person, text: str) -> None:
@@ -1061,7 +1066,7 @@ class Chat:
             person.origin = f"{caller} through {person.origin}"
             self.limiter.remove(person)
             self.limiter.add(person, caller)
-        person.protocol.ban = self._ban_left(person)
+        person.protocol.ban = self._ban_duration(person)
 
     def _take_line(self, person: Person, line: Message) -> None:
         if isinstance(line, int):
@@ -1125,7 +1130,7 @@ class Chat:
     def _who(self, person: Person) -> None:
         rows: list[Event] = []
         for _, each in sorted(self.people.items()):
-            address = {"address": each.address_names[0]} if person.operator else {}
+            address = {"address": each.host.address} if person.operator else {}
             rows.append({"name": each.name, "operator": each.operator, **address})
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / READ_SIZE)
@@ -1138,7 +1143,7 @@ class Chat:
     @command("/msg NAME TEXT", "say something to one person alone")
     def _msg(self, person: Person, name: str, text: str) -> None:
         reader = self._find(name)
-        fields = {"at": self.at, "from": person.name, "to": reader.name, "text": text}
+        fields = {"at": self.wall_time, "from": person.name, "to": reader.name, "text": text}
         if reader is not person and reader not in self._ignorers.get(person, ()):
             if reader.outbox.private_bytes > WHISPER_LIMIT:
                 raise CommandError(f"{reader.name} has too much to read; your line was not sent.")
@@ -1184,7 +1189,7 @@ class Chat:
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
-        now, address = self.limiter.now, person.address.name
+        now, address = self.limiter.now, person.address.key
         self._wrong.append((now, address))
         wrong = sum(now - at < REMEMBERED_SECONDS and each == address for at, each in self._wrong)
         if wrong == WRONG_PASSWORDS_WARNED:
@@ -1198,39 +1203,39 @@ class Chat:
             raise CommandError(f"{name} has left already.")
         if other is person:
             raise CommandError("You can't kick yourself; /quit leaves.")
-        self._remove(other, person, why)
+        self._kick_out(other, person, why)
 
-    def _remove(self, other: Person, person: Person, why: str) -> None:
+    def _kick_out(self, other: Person, person: Person, why: str) -> None:
         reason = f"kicked by {person.name}, {person.origin}"
         self.disconnect(other, reason, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, name: str, duration: str = str(BAN_MINUTES)) -> None:
         try:
-            names, other = address_names(name), None
+            host, other = parse_host(name), None
         except ValueError:
             if "/" in name:
                 raise CommandError("A ban takes a name, an address or an IPv6 /64.", "usage")
             other = self._find(name, former=True)
-            names = other.address_names
-        address = self.limiter.counted_name(names)
+            host = other.host
+        address = self.limiter.counted_as(host)
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
         if address == LOCALHOST:
             raise CommandError("localhost is never banned; /kick removes somebody.")
-        if address in person.address_names:
+        if address in person.host:
             raise CommandError("That is your own address; /kick removes somebody.")
         if address not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         if other and other.state is CHATTING:
-            self._remove(other, person, f"banned for {minutes} min")
+            self._kick_out(other, person, f"banned for {minutes} min")
         self.history.forget(address)
         self.limiter.ban(address, minutes, person.name)
-        minutes = self.limiter.banned_minutes(address)
-        logger.info("%s banned %s for %d min", person.name, address, minutes)
-        here = sum(address in each.address_names for each in self.people.values())
-        text = f"{address} is banned for {minutes} min; others from there are here: {here}."
+        remaining = self.limiter.banned_minutes(address)
+        logger.info("%s banned %s for %d min", person.name, address, remaining)
+        here = sum(address in each.host for each in self.people.values())
+        text = f"{address} is banned for {remaining} min; others from there are here: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
@@ -1247,7 +1252,7 @@ class Chat:
     def _unban(self, person: Person, text: str) -> None:
         ended: list[str] = []
         with suppress(ValueError):  # it is no address
-            ended += [each for each in address_names(text) if self.limiter.bans.pop(each, None)]
+            ended += [each for each in parse_host(text) if self.limiter.bans.pop(each, None)]
         if not ended:
             raise CommandError(f"{text} is not banned.")
         for name in ended:
@@ -1395,7 +1400,7 @@ class Reactor:
     def _advance_clock(self) -> None:
         """The stall budget runs down while the room is paused, and recovers when it is not."""
         before, self.now = self.now, self.clock()
-        self.limiter.now, self.chat.at = self.now, int(time.time())
+        self.limiter.now, self.chat.wall_time = self.now, int(time.time())
         change = (self.now - before) * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
 
@@ -1525,7 +1530,7 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        protocol.behind_proxy = self.settings.behind_proxy and conn.address.name == LOCALHOST
+        protocol.behind_proxy = self.settings.behind_proxy and conn.address.key == LOCALHOST
         if protocol.opened:
             self.chat.greet(conn)
         self._reconcile(conn)
@@ -1634,7 +1639,7 @@ class Reactor:
                 with suppress(OSError):  # the peer is gone already
                     conn.sock.shutdown(socket.SHUT_WR)
         reads = not conn.eof and len(conn.read_buffer) < READ_AHEAD
-        self._ask_selector(conn, READ * reads | WRITE * (conn in self.blocked))
+        self._watch(conn, READ * reads | WRITE * (conn in self.blocked))
 
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
@@ -1658,7 +1663,7 @@ class Reactor:
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_RDWR)
 
-    def _ask_selector(self, conn: Connection, events: int) -> None:
+    def _watch(self, conn: Connection, events: int) -> None:
         if events != conn.events:
             if conn.events:
                 self.selector.unregister(conn.sock)
@@ -1836,9 +1841,9 @@ def start_logging(level: int) -> None:
 
 def stop_on_signals(reactor: Reactor) -> None:
     """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once."""
-    ours, pythons = socket.socketpair()
-    pythons.setblocking(False)
-    signal.set_wakeup_fd(pythons.detach())  # it is written to when a signal comes
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())  # it is written to when a signal comes
 
     def on_signal(signum: int, frame: object) -> None:
         # SIGHUP may come twice, from shell and system.
@@ -1847,7 +1852,7 @@ def stop_on_signals(reactor: Reactor) -> None:
                 signal.signal(each, signal.SIG_DFL)
 
     def on_wakeup() -> None:  # of the event loop
-        ours.recv(16)
+        reader.recv(16)
         logger.info("stopping")
         reactor.stop()
 
@@ -1856,7 +1861,7 @@ def stop_on_signals(reactor: Reactor) -> None:
         # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
         if number and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)
-    reactor.selector.register(ours, READ, on_wakeup)
+    reactor.selector.register(reader, READ, on_wakeup)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2026,7 +2031,7 @@ class Web(Protocol):
         if path == "/hello":
             return self._respond(HTTPStatus.OK, body=HELLO)
         if self.ban:
-            text = CLOSING_TEXT["banned"].format(text=self.ban)
+            text = CLOSING_TEXT["banned"].format(duration=self.ban)
             return self._respond(HTTPStatus.FORBIDDEN, body=f"{text}\n")
         return self._respond(HTTPStatus.OK, body=PAGE, kind="html")
 

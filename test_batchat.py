@@ -957,7 +957,7 @@ class WatchedChat(Chat):
         self.speaker = peer
         world.work += 1
         if message or not peer.sock.error_seen:
-            world.spent.update([peer, person.address.name])
+            world.spent.update([peer, person.address.key])
         peer.messages.append(message)
         peer.waited = 0
         ignore = re.fullmatch(r"/ignore (\w+)", message) if isinstance(message, str) else None
@@ -1557,7 +1557,7 @@ BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "
 def test_line_is_shown_to_the_right_people(room, protocol, line, others, own, shown):
     """As text, or as an event on the WebSocket, where speakers read their own lines."""
     _bob, ann, mike = [room.join(name, protocol=protocol) for name in ("bob", "ann", "mike")]
-    mike.operator, room.chat.at = "/kick" in line, 7
+    mike.operator, room.chat.wall_time = "/kick" in line, 7
     mike.types(line)
     ann.expect(others if protocol is Telnet else others and shown)
     mike.expect(own if protocol is Telnet else shown)
@@ -1849,7 +1849,7 @@ def test_newcomer_reads_the_last_lines_first():
     room = Room(history=3)
     ann, bob = room.join("ann"), room.join("bob")
     ann.types("too long ago", "hi")
-    room.chat.at = 300
+    room.chat.wall_time = 300
     bob.types("/me waves", "/msg ann psst", "/nick rob", "/nope")
     ann.types("//slash")
     mike = room.caller("mike")
@@ -2177,14 +2177,14 @@ def test_ban_in_our_own_network(kept, ann):
     kept.limiter.remove(gone)
     kept.wait(20)
     kept.limiter.add(behind_proxy, "2001:db8::5")
-    assert behind_proxy.address.name == "2001:db8::5"
+    assert behind_proxy.address.key == "2001:db8::5"
     ann.types("/unban 2001:db8::5")
     ann.expect("* 2001:db8::/64 is no longer banned.\n")
     for line, banned in [("/ban 2001:DB8::5", [0, 60, 60]), ("/unban 2001:DB8::5", [0, 0, 0]),
                          ("/ban 2001:db8::/64", [60, 60, 60])]:
         ann.types(line)
         people = here, gone, behind_proxy
-        assert [kept.limiter.banned_minutes(*each.address_names) for each in people] == banned
+        assert [kept.limiter.banned_minutes(*each.host) for each in people] == banned
 
 
 def test_nobody_bans_their_own_address(kept):
@@ -2231,7 +2231,7 @@ def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
 def test_first_events_of_a_caller(kept, ann):
     bob, eve = kept.join("bob", protocol=Web), Guest(kept.chat, protocol=Web)
     ann.types("hi")
-    kept.chat.at = 7
+    kept.chat.wall_time = 7
     eve.types("a b", "eve", "/quit")
     prompt = event("prompt", text="Please enter your name, and press enter: ")
     refused = "A name is made of letters, digits, '_', '-' and '.' alone."
@@ -2320,7 +2320,7 @@ def test_no_other_address_is_believed(worlds, proxy, host, told, status):
     caller.type(forwarded(told) + masked(1, b"mike"))
     world.wait()
     assert caller.got.startswith(b"HTTP/1.1 %d " % status)
-    assert [*world.reactor.limiter.addresses] == [batchat.address_names(host)[1]]
+    assert [*world.reactor.limiter.addresses] == [batchat.parse_host(host).network]
 
 
 # ------------
@@ -2925,7 +2925,7 @@ def test_ipv6_64_counts_as_one_address(room, host, ours, group):
     """But in our own network, each address does."""
     person = batchat.Person("", room.chat.logs[Telnet], 0.0)
     room.limiter.add(person, host, ours)
-    assert person.address.name == group
+    assert person.address.key == group
 
 
 def test_table_of_addresses_is_bounded(room, monkeypatch):
@@ -3403,7 +3403,7 @@ def test_web_refusal_waits_for_the_request(worlds, why, code, status, limits):
     for each, data in [(silent, b"GET / "), (browser, OPENING), (page, ASK_PAGE)]:
         each.type(data)
     world.wait()
-    text = batchat.CLOSING_TEXT[why].format(text="5 more minutes")
+    text = batchat.CLOSING_TEXT[why].format(duration="5 more minutes")
     assert events_in(browser.got) == [{"type": "closing", "code": why, "text": text}]
     assert browser.got.endswith(batchat.frame(8, code.to_bytes(2, "big")))
     assert page.got.startswith(f"HTTP/1.1 {status} ".encode())
