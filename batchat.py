@@ -920,16 +920,17 @@ class Chat:
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
-        # Former names: when they were given up, name_key, whose.
+        # Former names (when given up, name_key, whose), and wrong passwords (when, where).
         self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
-        self._wrong: deque[tuple[float, str]] = deque(maxlen=WRONG_PASSWORDS)  # passwords: when, where
+        self._wrong: deque[tuple[float, str]] = deque(maxlen=WRONG_PASSWORDS)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show everyone in the room an event, but not what people say to those who ignore them."""
+        """Show everyone in the room an event; what people say, not to those who ignore them."""
         self._last_id += 1
-        event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name, **fields}
+        event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name}
+        event.update(fields)
         for log in self.logs.values():
             if log.readers:
                 data = log.protocol.encode(event)
@@ -1561,8 +1562,6 @@ class Reactor:
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
-        if conn.state is CLOSING:
-            return self.now  # it is discarded
         must_read = conn.outbox.private_bytes > PRIVATE_LIMIT
         if self.paused or must_read or self.chat.new_bytes > ITERATION_LIMIT:
             return NEVER
@@ -2162,14 +2161,14 @@ for (const type in templates) templates[type] = templates[type].trim().split(/\{
 const LINK =  // it has brackets only in pairs, and does not end with punctuation
   /(https?:\/\/(?:[.,;:!?']*(?:[^\s<>".,;:!?'()[\]{}]|\([^\s<>"()]*\)|\[[^\s<>"[\]]*\]|\{[^\s<>"{}]*\}))+)/i;
 const find = selector => document.querySelector(selector);
-const [log, lines, waiting, more, form, input, status, who, list] =
+const [log, lines, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 // The states: "calling", until we are asked for a name or have one again; "naming"; "arriving", until the next event,
 // which may be the history; "chatting"; "left", until the user enters a name to rejoin.
 let state, socket;
-let name, mention;  // ours; what finds it in a text
+let name, mentionPattern;  // ours; what finds it in a text
 let draft = "";  // what was typed before we lost our name
 let closing;  // the code of the last closing event
 let pause = 1;  // seconds until the next try; it doubles
@@ -2177,7 +2176,7 @@ let awaySince = 0;  // when the room was lost
 let room, maxLine;  // of the last greeting
 let lastId;  // the highest one of an event that was shown
 let people = new Map();  // name -> whether an operator
-let asked = false;  // for the people, and not by the user
+let hideNextPeople = false;  // they were asked for by the page alone
 let hues = new Map();  // name -> degrees
 let pending = [];  // own lines that have not come back
 let queue = [], queued = 0;  // events to paint; their size
@@ -2185,7 +2184,7 @@ let block, space = 0;  // the last block; what it still takes
 let lastDay = new Date().toDateString();
 let following = true, sizes;  // whether the end stays in sight; sizes at that time
 let below = 0;  // new lines below what is in sight
-let unread = 0, called = false;  // talk in a hidden tab; whether some is for us
+let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
 let typed = [""], typedAt = 0;  // the lines entered, and what is typed now; which one is in the input
 let completing = {};  // the names that Tab goes through
 
@@ -2200,7 +2199,7 @@ function connect() {
 function disconnected({ code }) {
   if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
   setPeople([]);
-  if (closing ? ["full", "crowded", "shutdown"].includes(closing) : code !== 1000) {
+  if (code !== 1000) {  // 1000: /quit, or the server does not want us back
     state = "calling";
     setStatus(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
@@ -2245,7 +2244,7 @@ const handlers = {
     setName(event.name);
     if (!awaySince) show(event);
     [input.value, draft] = [draft + input.value, ""];
-    asked = true;
+    hideNextPeople = true;
     socket.send("/who");
   },
   history(event) { resume(event.events); },
@@ -2260,7 +2259,7 @@ const handlers = {
   },
   people(event) {
     setPeople(event.people);
-    if (asked) asked = false; else show({ ...event, count: event.people.length, names: event.people });
+    if (hideNextPeople) hideNextPeople = false; else show({ ...event, count: event.people.length, names: event.people });
   },
   closing(event) {
     if (event.code !== closing) show(event);  // not at every try
@@ -2270,7 +2269,7 @@ const handlers = {
 function setName(value) {
   name = stored.name = value;
   const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
-  mention = new RegExp(`(?<!${letter}|[.-])${literally}(?![.-]*${letter})`, "iu");
+  mentionPattern = new RegExp(`(?<!${letter}|[.-])${literally}(?![.-]*${letter})`, "iu");
   input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
   find("form button").textContent = name ? "Send" : "Join";
 }
@@ -2303,7 +2302,7 @@ function pendingOf(line) {  // the event that will come back, if any
   if (/^\s*\/(?!\/)/.test(line)) return [];  // another command
   return [{ type: "said", at, name, text: line.replace(/^\s*\/(\/.*?)\s*$/, "$1") }];
 }
-function confirm(event) {  // if the room has changed its text, it is the oldest
+function confirmPending(event) {  // if the room has changed its text, it is the oldest
   if (!["said", "did"].includes(event.type) || !isOwn(event)) return;
   const i = pending.findIndex(own => own.text === event.text);
   if (state === "chatting") pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
@@ -2315,29 +2314,29 @@ function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"
 const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
 function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listSoon(); }
 function listPeople() {
-  who.hidden = !people.size;
+  peopleBox.hidden = !people.size;
   find("summary").textContent = `${people.size} here`;
-  if (!who.open || list.matches(":hover, :focus-within")) return;
-  list.replaceChildren(...sortedNames().map(one => {
+  if (!peopleBox.open || peopleList.matches(":hover, :focus-within")) return;
+  peopleList.replaceChildren(...sortedNames().map(one => {
     const onclick = () => { input.value = `/msg ${one} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
     return element("li", {}, element("button", { onclick }, people.get(one) ? "@" : "", element("bdi", {}, one)));
   }));
 }
-function closeList() { who.open = false; input.focus(); }
+function closeList() { peopleBox.open = false; input.focus(); }
 
 // The log
 const isOwn = event => (event.name || event.from) === name;
 const dateOf = event => new Date(event.at * 1000 || Date.now());
-function isCalled(event) {
-  return name && ["said", "did"].includes(event.type) && !isOwn(event) && mention.test(event.text);
+function isMention(event) {
+  return name && ["said", "did"].includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
 }
 function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
-  confirm(event);
+  confirmPending(event);
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
-    called ||= event.type === "whisper" || isCalled(event);
+    mentioned ||= event.type === "whisper" || isMention(event);
   }
   const size = 50 + (event.text || "").length;  // with its name and time
   queue.push({ ...event, how, size });
@@ -2361,16 +2360,16 @@ function paint() {  // at most one block, so that the page stays responsive
     if (!following && !event.how && !isOwn(event)) below += 1;
   }
   if (lines.childElementCount > BLOCKS) lines.firstChild.remove();
-  waiting.replaceChildren(...pending.slice(0, 20).map(own => paragraph({ ...own, how: "pending" })));
+  pendingBox.replaceChildren(...pending.slice(0, 20).map(own => paragraph({ ...own, how: "pending" })));
   if (queue.length) paintSoon();
   if (following) toEnd();
-  count();
+  updateCounts();
 }
 function paragraph(event) {
   const { type, how } = event, own = TALK.includes(type) && isOwn(event) && "own";
-  const className = [type, how, own, isCalled(event) && "mention"].filter(Boolean).join(" ");
+  const className = [type, how, own, isMention(event) && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, i, all) => {  // an empty field drops its colon
-    if (i % 2) return fields[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
+    if (i % 2) return renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
     return event[all[i + 1]] === "" ? part.replace(": ", "") : part;
   });
   const date = dateOf(event), dateTime = date.toISOString();
@@ -2386,16 +2385,16 @@ function hueOf(one) {  // far from the one before
   }
   return hues.get(one);
 }
-const person = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
-const fields = {  // how to show those that are not just text
-  name: person, to: person, from: person, by: person,
+const nameElement = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
+const renderers = {  // how to show those that are not just text
+  name: nameElement, to: nameElement, from: nameElement, by: nameElement,
   banner: text => element("pre", { ariaHidden: "true" }, text),
   names: all => all.flatMap(({ name, operator, address }, i) =>
     [(i ? ", " : "") + (operator ? "@" : ""), element("bdi", {}, name), address ? ` (${address})` : ""]),
   commands: rows => element("span", { className: "rows" }, ...rows.flat().map(cell => element("span", {}, cell))),
 };
-function element(tag, more, ...children) {
-  const made = Object.assign(document.createElement(tag), more);
+function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
 }
@@ -2405,8 +2404,8 @@ function linked(text) {  // a link that does not go where it seems to is followe
   return parts.flatMap((part, i) => {
     const url = i % 2 && URL.canParse(part) && new URL(part);
     if (!url || url.username || url.password) return part;
-    const how = { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", dir: "ltr" };
-    return [element("a", how, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
+    const attributes = { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", dir: "ltr" };
+    return [element("a", attributes, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
 }
 const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
@@ -2415,16 +2414,16 @@ function scrolled() {  // by the user, unless a size has changed
   if (following && sizes !== sizesNow()) toEnd();
   else following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 }
-function count() {
+function updateCounts() {
   if (following) below = 0;
-  more.hidden = !below;
-  more.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
-  document.title = unread ? `(${called ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
+  belowButton.hidden = !below;
+  belowButton.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
+  document.title = unread ? `(${mentioned ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
-log.onscroll = () => { scrolled(); count(); };
-more.onclick = () => { toEnd(); count(); input.focus(); };
+log.onscroll = () => { scrolled(); updateCounts(); };
+belowButton.onclick = () => { toEnd(); updateCounts(); input.focus(); };
 for (const each of [log, lines]) new ResizeObserver(() => following && toEnd()).observe(each);
-document.onvisibilitychange = () => { [unread, called] = [0, false]; count(); };
+document.onvisibilitychange = () => { [unread, mentioned] = [0, false]; updateCounts(); };
 
 // The keyboard
 const canSay = () => ["naming", "chatting"].includes(state);
@@ -2483,8 +2482,8 @@ function complete() {  // put the next name that fits before the cursor; returns
   completing.made = inputNow();
   return found.push(next);
 }
-onkeydown = event => { if (event.key === "Escape" && who.open) closeList(); };
-who.ontoggle = list.onmouseleave = listPeople;
+onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
+peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
 log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep a page that was left, and its connection
 setName(stored.name || "");

@@ -526,7 +526,7 @@ class Chromium(AbstractContextManager):
     def joins(self, server: Server, name: str):
         self.opens(server)
         self.enters(name)
-        self.gives("state === 'chatting' && !asked")
+        self.gives("state === 'chatting' && !hideNextPeople")
 
     def reloads(self):
         self._ask("POST", "/refresh")
@@ -3829,7 +3829,7 @@ def test_page_shows_own_lines_as_pending(mike, page_server):
             mike.enters("one", "/me waves", "//two", "/who")
             mine = ["<mike> one", "** mike waves", "<mike> /two"]
             ann.expect("\n".join([*mine, ""]))
-            mike.gives("waiting.childElementCount", 3)
+            mike.gives("pendingBox.childElementCount", 3)
             assert mike.lines("#pending") == mine
             assert mike.lines()[-1] == "* ann has joined the chat"
             ann.types("hi")
@@ -3847,20 +3847,20 @@ def test_page_confirms_the_line_that_came_back(page):
     page.does(MUTE)
     page.enters("one", "two", "three")
     page.receives(said(name="mike", type="renamed", to="mike"))
-    page.gives("[waiting.childElementCount, pending.length]", [3, 3])
+    page.gives("[pendingBox.childElementCount, pending.length]", [3, 3])
     page.receives(said("two", "mike"))
-    page.gives("waiting.childElementCount", 1)
+    page.gives("pendingBox.childElementCount", 1)
     assert page.lines("#pending") == ["<mike> three"]
     page.receives(said("changed by the room", "mike"))
-    page.gives("[waiting.childElementCount, pending.length]", [0, 0])
+    page.gives("[pendingBox.childElementCount, pending.length]", [0, 0])
 
 
 def test_page_shows_a_few_of_many_pending_lines(page):
     """They do not fill the screen; all of them are confirmed."""
     page.does(MUTE + "for (let n = 0; n < 500; n += 1) say('line ' + n)")
-    page.gives("waiting.childElementCount", 20)
+    page.gives("pendingBox.childElementCount", 20)
     page.receives(*[said(f"line {n}", "mike") for n in range(490)])
-    page.gives("waiting.childElementCount", 10)
+    page.gives("pendingBox.childElementCount", 10)
     assert page.lines("#pending")[0] == "<mike> line 490"
 
 
@@ -3891,7 +3891,7 @@ def test_page_loses_nothing_when_cut_off(mike, history):
         ann.types("missed", "/who")
         ann.expect("* 1 here: ann\n")
         mike.shows("Disconnected. Reconnecting in 0.")
-        mike.gives("waiting.childElementCount", 3)
+        mike.gives("pendingBox.childElementCount", 3)
         relay.open = True
         mike.shows("(not confirmed)")
         gap, *rest = mike.lines()[len(shown) :]
@@ -3979,7 +3979,7 @@ def test_page_shows_why_it_was_disconnected(page):
     again, never = ["full", "crowded", "shutdown"], ["banned", "kicked", "timeout", "tries"]
     for code in again + never:
         page.receives({"type": "closing", "code": code, "text": f"That was {code}."})
-        page.does("pause = 1; socket.onclose({code: 1000})")
+        page.does(f"pause = 1; socket.onclose({{code: {batchat.CLOSE_CODES.get(code, 1000)}}})")
         page.gives(f"{LAST}.innerText.endsWith('* That was {code}.')")
         way = "Reconnecting in 1 s \u2026" if code in again else "Enter a name to rejoin."
         page.gives("status.textContent", f"Disconnected. {way}")
@@ -4085,6 +4085,7 @@ def test_page_keeps_what_is_typed_before_welcome(mike, jonny, page_server, name)
         relay.flows()
         if name == "jonny":
             mike.shows("* The name jonny is taken.")
+            mike.does("input.focus()")
             mike.enters("mike")
         jonny.expect("* mike has joined the chat\n")
         mike.gives("[state, input.value]", ["chatting", "draft"])
@@ -4107,8 +4108,8 @@ def test_page_does_not_move_who_scrolled_up(page):
     page.receives(said("one more"))
     page.shows("1 new line")
     page.gives("log.scrollTop", 0)
-    page.does("more.click()")
-    page.gives(f"more.hidden && {AT_END}")
+    page.does("belowButton.click()")
+    page.gives(f"belowButton.hidden && {AT_END}")
 
 
 def test_page_title_counts_what_nobody_has_seen(page):
@@ -4127,7 +4128,7 @@ def test_page_title_says_that_one_is_called(page):
     page.receives(said("but MIKE..., you are"))
     page.gives("document.title", "(@2) BATCHAT")
     page.gives("lines.querySelectorAll('.mention').length", 1)
-    page.does("unread = 0; called = false")
+    page.does("unread = 0; mentioned = false")
     page.receives(whisper("ann", "mike"))
     page.gives("document.title", "(@1) BATCHAT")
 
@@ -4187,8 +4188,8 @@ def test_page_lines_keep_their_direction(page):
     name, text = page.finds(".said bdi", "getBoundingClientRect().left")
     assert name < text
     page.gives("input.dir", "auto")
-    page.does("who.open = true")
-    page.gives(f"[...list.querySelectorAll('bdi')].some(it => it.innerText === '{arabic}')")
+    page.does("peopleBox.open = true")
+    page.gives(f"[...peopleList.querySelectorAll('bdi')].some(it => it.innerText === '{arabic}')")
 
 
 def test_page_links_go_where_they_seem_to(page):
@@ -4236,31 +4237,31 @@ def test_page_list_of_people_is_up_to_date(mike, jonny):
     mike.gives(HERE, "2 here")
     assert not [line for line in mike.lines() if "2 here: " in line]
     jonny.types("/nick john")
-    mike.does("who.open = true")
-    mike.gives("list.innerText", "john\nmike")
+    mike.does("peopleBox.open = true")
+    mike.gives("peopleList.innerText", "john\nmike")
     mike.enters("/who")
     mike.shows("* 2 here: john, mike")
     jonny.types("/quit")
-    mike.gives(f"[{HERE}, list.innerText]", ["1 here", "mike"])
+    mike.gives(f"[{HERE}, peopleList.innerText]", ["1 here", "mike"])
 
 
 def test_page_operators_keep_their_mark(page):
     both = [{"name": "ann", "operator": True}, {"name": "mike", "operator": False}]
     page.receives({"type": "people", "people": both}, said(type="renamed", to="anna"))
-    page.does("who.open = true")
-    page.gives("list.innerText", "@anna\nmike")
+    page.does("peopleBox.open = true")
+    page.gives("peopleList.innerText", "@anna\nmike")
     page.shows("* 2 here: @ann, mike")
 
 
 def test_page_click_on_a_name_writes_to_them(page):
     page.receives(joined("ann"))
     page.types("a draft")
-    page.does("who.open = true")
-    page.gives("list.innerText", "ann\nmike")
+    page.does("peopleBox.open = true")
+    page.gives("peopleList.innerText", "ann\nmike")
     page.does("find('li button').click()")
-    page.gives("[input.value, who.open]", ["/msg ann a draft", False])
+    page.gives("[input.value, peopleBox.open]", ["/msg ann a draft", False])
     page.gives("document.activeElement === input")
-    page.does("who.open = true; find('li:last-child button').click()")
+    page.does("peopleBox.open = true; find('li:last-child button').click()")
     page.gives("input.value", "/msg mike a draft")
 
 
@@ -4326,15 +4327,15 @@ def test_page_tab_completes_names(page):
 
 
 def test_page_escape_closes_the_list(page):
-    page.does("who.open = true")
+    page.does("peopleBox.open = true")
     page.types(ESCAPE)
-    page.gives("!who.open && document.activeElement === input")
+    page.gives("!peopleBox.open && document.activeElement === input")
 
 
 # Colours
 
 ALL_COLOURS = """
-socket.send = () => {}; say('pending'); below = 2; following = false; who.open = true;
+socket.send = () => {}; say('pending'); below = 2; following = false; peopleBox.open = true;
 show({type: 'said', name: 'ann', text: 'mike'}, 'past'); setStatus('a status');
 show({type: 'said', name: 'mike', text: 'lost'}, 'unconfirmed'); show({type: 'gap', text: 'away'});
 while (queue.length) paint();
@@ -4433,7 +4434,7 @@ def test_page_is_quick_with_every_line(page):
     texts = [(start + end * size)[:size] for start, ends in shapes.items() for end in ends]
     script = (
         "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => { completing = {};"
-        "const start = performance.now(); input.value = event.text; complete(); isCalled(event);"
+        "const start = performance.now(); input.value = event.text; complete(); isMention(event);"
         "paragraph(event); pendingOf(event.text); PASSWORD.test(event.text); input.value = '';"
         "return performance.now() - start; }));"
     )
