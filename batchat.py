@@ -10,8 +10,8 @@ It is appended once to the log of each format (text for telnet, JSON for WebSock
 reader is sent everything new in one system call.  One thread runs the event loop: select,
 process input, send, reconcile.
 
-Parts: 1. Events  2. Limits  3. Log and Outbox  4. Telnet  5. Limiter  6. Chat  7. Reactor
-8. main  9. The web.  Only 7 and 8 use sockets.  If you don't need browsers, stop after 8.
+Parts: 1. Events  2. Limits  3. Log and Outbox  4. Protocol, Telnet  5. Person, Limiter  6. Chat
+7. Reactor  8. main  9. The web.  Only 7 and 8 use sockets.  Without browsers, stop after 8.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __version__ = "1.1.0"
 logger = logging.getLogger("batchat")
 
 
-# ------------
+# ---
 # 1. Events
 
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
@@ -138,7 +138,7 @@ def local_time(at: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
-# ------------
+# ---
 # 2. Limits
 
 # Lines and names
@@ -217,7 +217,7 @@ class Settings(NamedTuple):
     max_connections: int = 1_000_000
 
 
-# ------------
+# ---
 # 3. Log and Outbox
 
 FOREVER = 1 << 62  # an offset that no log ever reaches
@@ -231,7 +231,7 @@ class Log:
 
     def __init__(self, protocol: type[Protocol]) -> None:
         self.protocol = protocol
-        self.readers: dict[Any, None] = {}  # the people in the room who use this format
+        self.readers: dict[Any, None] = {}  # an ordered set: those in the room
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest = 0  # offset of the last event
@@ -269,7 +269,7 @@ class Outbox:
 
     @property
     def lag(self) -> int:
-        """Bytes of memory that are kept because this person has not been sent them yet."""
+        """Bytes of the log to be sent yet; a splice counts as SPLICE_SIZE, whatever it holds."""
         return max(0, self.log.end - self.cursor) + len(self.splices) * SPLICE_SIZE
 
     @property
@@ -357,8 +357,8 @@ class Outbox:
         self.cursor += sent
 
 
-# ------------
-# 4. Telnet
+# ---
+# 4. Protocol, Telnet
 
 # What a protocol reports besides lines
 CONNECTED = 1  # a WebSocket is open: greet the person
@@ -398,7 +398,7 @@ class Protocol:
         raise NotImplementedError
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        """Obey Ctrl-C in the last `new` bytes of what was not fed; returns if there was one."""
+        """Obey Ctrl-C in what waits to be fed; its last `new` bytes were not searched yet."""
         return False
 
     def close(self, code: str) -> bytes:
@@ -468,8 +468,9 @@ KEYS = {
     b"\xf8": (b"\x15", b"\x95"),  # EL, erase line
     IAC: (IAC, IAC),  # the byte 255 itself
 }
+# The beginning of a character in UTF-8.
 UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
-# They send nothing at all for 85, which would be Ctrl-E.  What stands before a missing one:
+# Such telnets send nothing for byte 85 (Ctrl-E).  This finds characters that lack it:
 SWALLOWED = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
         | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or Thai letter
@@ -560,7 +561,7 @@ class Telnet(Protocol):
         # A line ends with CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12).
         plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += plain.replace(b"\r", b"\n")
-        if len(plain) < len(data) and not self._text.isascii():
+        if len(plain) < len(data) and not self._text.isascii():  # surely a telnet
             self._ask_for_binary()
 
     def _ask_for_binary(self) -> None:
@@ -601,8 +602,51 @@ class Telnet(Protocol):
             self._skipping = False
 
 
-# ------------
-# 5. Limiter
+# ---
+# 5. Person, Limiter
+
+# The three states of a person.  Only Chat changes them.
+#
+# AWAITING_NAME  a valid name that is free             CHATTING; the others are told
+#                an invalid or taken one               error and prompt; CLOSING after five prompts
+#                banned, full, crowded                 CLOSING
+#                /quit, end of stream, web request,    CLOSING
+#                too long a line, no name in time
+# CHATTING       /quit, Ctrl-C, Ctrl-D, end of stream  CLOSING; the others read that they quit
+#                dropped or kicked                     CLOSING; the others are told
+# CLOSING        all is sent and the peer has closed,  forgotten
+#                or time is up
+#
+# A browser that has sent no request yet is AWAITING_NAME; its `protocol.opened` is False.
+# After a reset a person is lost: `outbox.write_closed`.  What they sent before is still said.
+AWAITING_NAME, CHATTING, CLOSING = range(3)
+
+
+class Person:
+    """Somebody who is connected."""
+
+    # Limiter.add sets these.
+    host: Host
+    address: Address
+    bucket: TokenBucket
+
+    def __init__(self, origin: str, log: Log, now: float) -> None:
+        self.origin = origin  # where they connected from, for our own log
+        self.protocol = log.protocol()
+        self.outbox = Outbox(log)
+        self.state = AWAITING_NAME
+        self.timer_start = now  # when they connected, were lost or began to close: see deadline
+        self.rejected = ""  # the code of the reason why they may not join
+        self.name = ""
+        self.asked = 0  # how often they were asked for a name
+        self.operator = False
+        self.virtual_time = 0.0  # input is processed in its order (fair queueing)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether anything must be done before the connection can be closed."""
+        return self.state is not CLOSING or self.outbox.has_pending
+
 
 class TokenBucket:
     """Gains `rate` tokens a second, up to BURST_SECONDS' worth; 0: no limit.  May be overspent."""
@@ -764,50 +808,8 @@ class Limiter:
         return max(0, math.ceil((until - self.now) / 60 - 1e-6))  # floats are not exact
 
 
-# ------------
+# ---
 # 6. Chat
-
-# The three states of a person.  Only Chat changes them.
-#
-# AWAITING_NAME  a valid name that is free             CHATTING; the others are told
-#                an invalid or taken one               error and prompt; CLOSING after five prompts
-#                banned, full, crowded                 CLOSING
-#                /quit, end of stream, web request,    CLOSING
-#                too long a line, no name in time
-# CHATTING       /quit, Ctrl-C, Ctrl-D, end of stream  CLOSING; the others read that they quit
-#                dropped or kicked                     CLOSING; the others are told
-# CLOSING        all is sent and the peer has closed,  forgotten
-#                or time is up
-#
-# After a reset nothing more can be sent, but what was sent before is still said.
-AWAITING_NAME, CHATTING, CLOSING = range(3)
-
-
-class Person:
-    """Somebody who is connected."""
-
-    # Limiter.add sets these.
-    host: Host
-    address: Address
-    bucket: TokenBucket
-
-    def __init__(self, origin: str, log: Log, now: float) -> None:
-        self.origin = origin  # where they connected from, for our own log
-        self.protocol = log.protocol()
-        self.outbox = Outbox(log)
-        self.state = AWAITING_NAME
-        self.timer_start = now  # when they connected, were lost, or began to close
-        self.rejected = ""  # the code of the reason why they may not join
-        self.name = ""
-        self.asked = 0  # how often they were asked for a name
-        self.operator = False
-        self.virtual_time = 0.0  # input is processed in its order (fair queueing)
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether anything must be done before the connection can be closed."""
-        return self.state is not CLOSING or self.outbox.has_pending
-
 
 class History:
     """The last lines that were said, for newcomers."""
@@ -918,7 +920,6 @@ class Chat:
         self.changed: dict[Any, None] = {}  # the people who must be reconciled
         self.new_bytes = 0  # of events, in all formats, in this iteration
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
-        self.joined = 0  # people, since the start
         self._last_id = 0  # of an event
         # Former names (when given up, name_key, whose), and wrong passwords (when, where).
         self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
@@ -1000,7 +1001,6 @@ class Chat:
                 encoded[protocol] = self.history.encode(protocol)
                 self.new_bytes += len(encoded[protocol])
             self.send_raw(person, encoded[protocol])
-        self.joined += 1
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(self, person: Person, reason: str, code: str = "", **fields: str) -> None:
@@ -1038,7 +1038,7 @@ class Chat:
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
         """Do what a line or signal means in this state; see the table above."""
-        if message != "" or not person.outbox.write_closed:  # those of a lost person are free
+        if message != "" or not person.outbox.write_closed:  # a lost person's blank lines are free
             self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
@@ -1050,7 +1050,7 @@ class Chat:
             elif message is CONNECTED:
                 self.greet(person)
             elif isinstance(message, int) or HTTP_REQUEST.match(message):
-                self.disconnect(person, "sent no name")  # HTTP, or longer than any name
+                self.disconnect(person, "sent no name")  # but TOO_LONG, or HTTP
             elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
                 self.disconnect(person, "quit")
             else:
@@ -1261,7 +1261,7 @@ class Chat:
             self.send(person, "notice", text=f"{name} is no longer banned.")
 
 
-# ------------
+# ---
 # 7. Reactor
 
 NEVER = float("inf")
@@ -1420,8 +1420,8 @@ class Reactor:
             if self.clock() > until:
                 return
             if conn in self.ready and self._ready_at(conn) <= self.now:
-                self.ready[conn] = self.ready.pop(conn)  # behind its equals
-            elif not conn.unscanned:  # which may hold Ctrl-C
+                self.ready[conn] = self.ready.pop(conn)  # equals take turns
+            elif not conn.unscanned:  # otherwise, Ctrl-C may have come
                 continue
             self._guard(self._process_input, conn)
 
@@ -1453,7 +1453,7 @@ class Reactor:
             # Send now: the selector reports space only when there is much of it.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
-        if self.stall_budget < POLL_SECONDS:
+        if self.stall_budget < POLL_SECONDS:  # it is spent
             for conn in self._lagging():
                 self._drop(conn, "too far behind")
         self.paused = bool(self._lagging())
@@ -1688,12 +1688,12 @@ class Reactor:
             self.selector.unregister(conn.sock)
         with suppress(OSError):  # nothing else to do
             conn.sock.close()
-        conn.read_buffer = b""  # operators may still find this person
+        conn.read_buffer = b""  # the former names may keep this object
         conn.protocol = type(conn.protocol)()
         conn.outbox.close_writes()
 
 
-# ------------
+# ---
 # 8. main
 
 def whole_number(most: int, text: str) -> int:
@@ -1711,7 +1711,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
     )
     add = parser.add_argument
-    add("--host", metavar="ADDRESS", help="listen on this address (default: all, IPv4 and IPv6)")
+    add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
     for flag, most, value, text in [
         ("--port", 65535, 1337, "port for telnet; 0 is any free one"),
         ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
@@ -1782,14 +1782,14 @@ def announce(host: str | None, ports: list[int]) -> None:
     if not host:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
     data = f"{text}\n".encode("utf-8", "replace")
-    # Not print(), which tries again at exit to write what it could not, and fails.
+    # Not print(): at exit, it would try again to write the rest, and fail.
     if sys.stdout is None or write_at_once(sys.stdout.fileno(), data) < len(data):
         logger.info("%s", text)
 
 
 def write_at_once(descriptor: int, data: bytes) -> int:
     """Write without waiting for a reader; returns how many bytes."""
-    # Non-blocking only for now: the shell may use the same terminal.  Windows can't do it.
+    # Non-blocking only for now: the shell may use the same terminal.  Not on Windows.
     blocking = os.name != "nt" and os.get_blocking(descriptor)
     try:
         if blocking:
@@ -1886,11 +1886,11 @@ def main(arguments: list[str] | None = None) -> int:
     logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *about)
     announce(options.host, ports)
     ok = reactor.run()
-    logger.info("stopped; %d people had joined", reactor.chat.joined)
+    logger.info("stopped")
     return 0 if ok else 1
 
 
-# ------------
+# ---
 # 9. The web
 
 # A request's head (RFC 9112, sections 2.2, 3 and 5).
@@ -1908,7 +1908,7 @@ def digest(algorithm: str, text: str) -> str:
 
 
 def parse_request(head: bytes) -> tuple[str, str, str, dict[str, str]]:
-    """Method, path, minor version and fields (RFC 9112, 2.1 and 5); raises ValueError."""
+    """Method, path, minor version and fields; raises ValueError."""
     request = REQUEST_HEAD.fullmatch(head.decode("latin-1"))
     if not request:
         raise ValueError
@@ -1941,7 +1941,7 @@ def frame(opcode: int, payload: bytes) -> bytes:
 
 
 def unmask(payload: bytes, key: bytes) -> bytes:
-    """`payload` XOR the repeated `key`, in one operation (RFC 6455, section 5.3)."""
+    """`payload` XOR the repeated `key`, in one operation (RFC 6455, 5.3)."""
     size = len(payload)
     keys = (key * (size // 4 + 1))[:size]
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
@@ -2006,7 +2006,7 @@ class Web(Protocol):
         self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
         head, *rest = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
-            return self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            return self._respond(431)
         if not rest:
             return DISCONNECT if self.ended else None
         try:
@@ -2015,49 +2015,50 @@ class Web(Protocol):
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
                 self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # no zone
         except ValueError:
-            return self._respond(HTTPStatus.BAD_REQUEST)
+            return self._respond(400)
         self._state = REQUEST
         return REQUESTED
 
     def _answer(self) -> Message:
         method, path, minor, fields = self._request
         if path not in ("/", "/hello", "/chat"):
-            return self._respond(HTTPStatus.NOT_FOUND)
+            return self._respond(404)
         if method not in ("GET", "HEAD"):
-            return self._respond(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
+            return self._respond(405, "Allow: GET, HEAD")
         if path == "/chat":
             return self._upgrade(method, minor, fields)
         if path == "/hello":
-            return self._respond(HTTPStatus.OK, body=HELLO)
+            return self._respond(200, body=HELLO)
         if self.ban:
             text = CLOSING_TEXT["banned"].format(duration=self.ban)
-            return self._respond(HTTPStatus.FORBIDDEN, body=f"{text}\n")
-        return self._respond(HTTPStatus.OK, body=PAGE, kind="html")
+            return self._respond(403, body=f"{text}\n")
+        return self._respond(200, body=PAGE, kind="html")
 
     def _upgrade(self, method: str, minor: str, fields: dict[str, str]) -> Message:
         """Open a WebSocket (RFC 6455, section 4.2)."""
         for header in UPGRADE_HEADERS:
             name, wanted = header.lower().split(": ")
             if wanted not in [each.strip() for each in fields.get(name, "").lower().split(",")]:
-                return self._respond(HTTPStatus.UPGRADE_REQUIRED, *UPGRADE_HEADERS)
+                return self._respond(426, *UPGRADE_HEADERS)
         key = fields.get("sec-websocket-key", "")  # 16 bytes in base64
         if method != "GET" or minor == "0" or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
-            return self._respond(HTTPStatus.BAD_REQUEST)
+            return self._respond(400)
         # Another site's page may call here, but it can't lie about its origin.
         ours = [f"{scheme}://{fields['host'].lower()}" for scheme in ("http", "https")]
         if fields.get("origin", ours[0]).lower() not in ours:
-            return self._respond(HTTPStatus.FORBIDDEN)
+            return self._respond(403)
         accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
         lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
         self.replies += "\r\n".join(lines).encode()
         self._state, self._data = FRAMES, HEAD_END.split(self._data, 1)[1]
         return CONNECTED
 
-    def _respond(self, status: HTTPStatus, *more: str, body: str = "", kind: str = "plain") -> int:
+    def _respond(self, code: int, *more: str, body: str = "", kind: str = "plain") -> int:
         """Send a response with `more` headers, and read nothing more (RFC 9110)."""
-        data = (body or f"{status.value} {status.phrase}\n").encode()
+        status = HTTPStatus(code)
+        data = (body or f"{code} {status.phrase}\n").encode()
         lines = [
-            f"HTTP/1.1 {status.value} {status.phrase}",
+            f"HTTP/1.1 {code} {status.phrase}",
             f"Date: {formatdate(usegmt=True)}",
             f"Content-Type: text/{kind}; charset=utf-8",
             f"Content-Length: {len(data)}",
@@ -2074,7 +2075,7 @@ class Web(Protocol):
         return DISCONNECT
 
     def _parse_frame(self) -> bool:
-        """Parse the next frame (RFC 6455, section 5.2); False if it is not complete."""
+        """Parse the next frame; False if it is not complete."""
         data = self._data
         if len(data) < 2:
             return False
@@ -2114,7 +2115,7 @@ class Web(Protocol):
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame, and read nothing more (RFC 6455, section 7.4.1); code 0 is none."""
+        """Send a close frame, and read nothing more; code 0 is none."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._state = NOTHING
         return True
@@ -2165,8 +2166,11 @@ const [log, lines, pendingBox, belowButton, form, input, status, peopleBox, peop
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
-// The states: "calling", until we are asked for a name or have one again; "naming"; "arriving", until the next event,
-// which may be the history; "chatting"; "left", until the user enters a name to rejoin.
+// The states, and what ends them (a lost connection: calling; one closed for good: left):
+// calling   a prompt: naming; welcome, for a name that we had: arriving
+// naming    welcome: arriving
+// arriving  the next event, which may be the history: chatting
+// left      the user enters a name: calling
 let state, socket;
 let name, mentionPattern;  // ours; what finds it in a text
 let draft = "";  // what was typed before we lost our name
@@ -2233,7 +2237,7 @@ const handlers = {
   },
   error(event) {
     if (state === "calling") {
-      const isRetry = pause !== 1, mayBeOurs = Date.now() < awaySince + 150_000;  // the lost connection has it still
+      const isRetry = pause !== 1, mayBeOurs = Date.now() < awaySince + 150_000;  // ms: our lost connection has it still
       if (isRetry && mayBeOurs && event.code === "name_taken") return socket.close();
       loseName();
     }
@@ -2276,8 +2280,7 @@ function setName(value) {
 function loseName() {
   setName("");
   if (input.value) input.blur();  // what they go on to type is no name
-  draft += input.value;
-  input.value = "";
+  [draft, input.value] = [draft + input.value, ""];
 }
 function setStatus(text) { status.textContent = text; }
 function resume(events) {  // show what is new to us of the history; null if the server keeps none
@@ -2484,7 +2487,6 @@ function complete() {  // put the next name that fits before the cursor; returns
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
-log.onclick = event => { if (!getSelection().toString() && !event.target.closest("a")) input.focus(); };
 onpagehide = () => socket.close();  // a browser may keep a page that was left, and its connection
 setName(stored.name || "");
 connect();
