@@ -2220,6 +2220,15 @@ def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
         kept.wait(60)
         kept.join(f"p{n}", "203.0.113.5").types("/op wrong")
     assert caplog.messages == ["10 wrong passwords in an hour from 203.0.113.5"]
+
+
+@cases("others, warned", (990, True), (991, False))
+def test_last_1000_wrong_passwords_are_kept(kept, caplog, others, warned):
+    ann, mike = kept.join("ann", "203.0.113.5"), kept.join("mike")
+    ann.types(*["/op wrong"] * 9)
+    mike.types(*["/op wrong"] * others)
+    ann.types("/op wrong")
+    assert ("10 wrong passwords in an hour from 203.0.113.5" in caplog.messages) == warned
     right = kept.join("right", "203.0.113.5")
     right.types(f"/op {PASSWORD}")
     assert right.operator
