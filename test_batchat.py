@@ -2187,6 +2187,18 @@ def test_ban_in_our_own_network(kept, ann):
         assert [kept.limiter.banned_minutes(*each.host) for each in people] == banned
 
 
+def test_ban_in_our_own_network_spares_the_others(kept, ann):
+    """What they said, too."""
+    first = batchat.Person("", kept.chat.logs[Telnet], 0.0)
+    kept.limiter.add(first, "2001:db8::4", "2001:db8::1")
+    for name, host in ("bob", "2001:db8::5"), ("cy", "2001:db8::6"):
+        kept.join(name, host).types("hi")
+    ann.types("/ban bob")
+    assert kept.caller("bob", host="2001:db8::5").state is CLOSING
+    assert "<cy> hi" in (dan := kept.caller("dan", host="2001:db8::6")).read()
+    assert "<bob> hi" not in kept.caller("eve").read() and dan.state is CHATTING
+
+
 def test_nobody_bans_their_own_address(kept):
     """They could not come back."""
     ann, mike = [kept.join(name, "203.0.113.5") for name in ("ann", "mike")]
