@@ -103,7 +103,6 @@ CLOSING_TEXT = {
     "tries": "That was the last try, goodbye!",
 }
 PROMPT = "Please enter your name, and press enter: "
-HELLO = "Hello, World!"
 
 
 def text_of(event: Event) -> str:
@@ -152,7 +151,7 @@ NAME_TRIES = 5
 NAME_SECONDS = 120.0  # from connecting to a valid name
 HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
 CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
-REJECTED_SECONDS = 1.0  # the same, for a caller who was refused
+REJECTED_SECONDS = 1.0  # the same, for rejected callers
 SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
 LOST_SECONDS = 120.0  # for saying what somebody had sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
@@ -186,10 +185,10 @@ BURST_SECONDS = 5  # of the rate: what may be saved up
 ADDRESS_SHARE = 10  # times a person's rate: everyone from one address together
 LOCALHOST_SHARE = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
-LINE_TOKENS = 1
-JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
-RENAME_TOKENS = 25  # a new name confuses everyone
-WRONG_PASSWORD_TOKENS = 50
+LINE_TOKENS = 1  # for every line; the others come on top
+JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
+RENAME_TOKENS = 24  # a new name confuses everyone
+WRONG_PASSWORD_TOKENS = 49
 
 # History and bans
 HISTORY_LINES = 1000
@@ -739,7 +738,7 @@ class Limiter:
             if quota.limit and quota.free < 0:
                 person.rejected = person.rejected or code
         if person.rejected or person.outbox.write_closed:
-            self.depart(person)
+            self.mark_departing(person)
         if self.settings.rate:
             self._queue_later(person, JOIN_TOKENS)  # or newcomers would go before all others
 
@@ -747,8 +746,8 @@ class Limiter:
         """What counts as one: an IPv6 /64, but in our own networks each address."""
         return host.address if host.network in self.own_networks else host.network
 
-    def depart(self, person: Person) -> None:
-        """Count a connection, which will end soon, no longer against the limits."""
+    def mark_departing(self, person: Person) -> None:
+        """Count a connection that will end soon against no limit."""
         for quota in (self.everyone, person.address):
             quota.departing[person] = None
 
@@ -988,7 +987,7 @@ class Chat:
         if self._reject(person):
             return
         person.name = name = self._available_name(person, text)
-        self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
+        self.limiter.charge(person, JOIN_TOKENS)
         self.publish("joined", person)  # while they do not read it themselves
         person.state = CHATTING
         self.people[name_key(name)] = person
@@ -1022,7 +1021,7 @@ class Chat:
             logger.debug("%s left before joining: %s", person.origin, reason)
         person.state = CLOSING
         person.timer_start = self.limiter.now
-        self.limiter.depart(person)
+        self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=fill(CLOSING_TEXT[code], fields))
         self.send_raw(person, person.protocol.close(code))
@@ -1158,7 +1157,7 @@ class Chat:
             raise CommandError(f"You are {name} already.")
         self._release_name(person)
         self.people[name_key(name)] = person
-        self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
+        self.limiter.charge(person, RENAME_TOKENS)
         self.publish("renamed", person, to=name)
         logger.info("%s is now %s (%s)", person.name, name, person.origin)
         person.name = name
@@ -1189,7 +1188,7 @@ class Chat:
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
-        self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
+        self.limiter.charge(person, WRONG_PASSWORD_TOKENS)
         now, address = self.limiter.now, person.address.key
         self._wrong.append((now, address))
         wrong = sum(now - at < REMEMBERED_SECONDS and each == address for at, each in self._wrong)
@@ -1322,7 +1321,7 @@ class Reactor:
         selector: selectors.BaseSelector | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.listeners = listeners
+        self.listeners = dict(listeners)  # until the server is stopped
         self.settings = settings
         self.selector = selector or selectors.DefaultSelector()
         self.clock = clock
@@ -1337,12 +1336,12 @@ class Reactor:
         self.paused = False  # no input is processed, because somebody lags too far behind
         self.tick_at = self.now  # the first tick registers the listeners
         self.ping_at = self.now + PING_SECONDS
-        self.ends_at = NEVER  # when the server stops, whoever is still connected
+        self.ends_at = NEVER  # when a stopped server ends, at the latest
 
     def run(self) -> bool:
         """Serve until stopped; returns False if an error stopped the server."""
         ok = True
-        while self.ends_at == NEVER or (self.connections and self.now < self.ends_at):
+        while self.listeners or (self.connections and self.now < self.ends_at):
             try:
                 self.run_once()
             except Exception:
@@ -1357,12 +1356,13 @@ class Reactor:
 
     def stop(self) -> None:
         """Shut down: tell everyone, send what is pending, wait for them to close."""
-        if self.ends_at == NEVER:
+        if self.listeners:
             self.ends_at = self.now + SHUTDOWN_SECONDS
             for listener in self.listeners:
                 with suppress(KeyError):  # it is not registered
                     self.selector.unregister(listener)
                 listener.close()
+            self.listeners.clear()
             self.chat.shut_down(self.connections)
 
     # The event loop
@@ -1464,7 +1464,7 @@ class Reactor:
     def _tick(self) -> None:
         """Once a second: retry what failed, ping, check deadlines."""
         self.tick_at = self.now + TICK_SECONDS
-        for listener in self.listeners if self.ends_at == NEVER else ():
+        for listener in self.listeners:
             self._await_callers(listener)
         self.limiter.tick()
         pings = self.now >= self.ping_at
@@ -1503,7 +1503,7 @@ class Reactor:
 
     def _accept(self, listener: socket.socket) -> None:
         """Accept callers, unless the server was stopped in this iteration."""
-        for _ in range(ACCEPT_BATCH if self.ends_at == NEVER else 0):
+        for _ in range(ACCEPT_BATCH if self.listeners else 0):
             try:
                 sock, address = listener.accept()
             except BlockingIOError:
@@ -1658,7 +1658,7 @@ class Reactor:
                 conn.timer_start = self.now
             self.chat.changed[conn] = None
             conn.outbox.close_writes()
-            self.limiter.depart(conn)
+            self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_RDWR)
 
@@ -1966,7 +1966,7 @@ class Web(Protocol):
         self._data = b""
         self._request: tuple[str, str, str, dict[str, str]] = ("", "", "", {})
         self._message: bytes | None = None  # the fragments so far of a message
-        self._lines: list[str] = []  # the rest of the last message, its next line last
+        self._lines: deque[str] = deque()  # the rest of the last message
 
     @property
     def opened(self) -> bool:
@@ -1991,7 +1991,7 @@ class Web(Protocol):
                     return DISCONNECT
                 if not self._parse_frame():
                     return DISCONNECT if self.ended else None
-            return clean(self._lines.pop())
+            return clean(self._lines.popleft())
         except UnicodeDecodeError:  # in a frame
             self._end(1007)
             return DISCONNECT
@@ -2028,7 +2028,7 @@ class Web(Protocol):
         if path == "/chat":
             return self._upgrade(method, minor, fields)
         if path == "/hello":
-            return self._respond(200, body=HELLO)
+            return self._respond(200, body="Hello, World!")
         if self.ban:
             text = CLOSING_TEXT["banned"].format(duration=self.ban)
             return self._respond(403, body=f"{text}\n")
@@ -2111,11 +2111,11 @@ class Web(Protocol):
             message = (self._message or b"") + payload
             self._message = None if final else message
             if final:  # in bytes, only CR and LF end lines, and the last one need not end
-                self._lines = [line.decode() for line in message.splitlines()[::-1] or [b""]]
+                self._lines = deque(line.decode() for line in message.splitlines() or [b""])
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame, and read nothing more; code 0 is none."""
+        """Send a close frame, and read nothing more; code 0 is none.  Always True."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._state = NOTHING
         return True
