@@ -167,8 +167,8 @@ STALL_SECONDS = 2.0  # how long the room may be paused: the stall budget
 STALL_RECOVERY = 0.2  # seconds that it regains in each second without a pause
 POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
 SPLICE_SIZE = 128  # bytes that a splice counts for; adjacent ones are merged up to this size
-WHISPER_LIMIT = 64 << 10  # bytes of private lines pending: others can't add more
-PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # bytes of private lines pending: their reader's input waits
+WHISPER_LIMIT = 64 << 10  # private bytes pending: with more, nobody can whisper to a person
+PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending: with more, their own input waits
 
 # Sockets
 WEB_PORT = 1338
@@ -1947,8 +1947,8 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
-# What comes next: a request's head, its response, frames, or nothing.
-HEAD, REQUEST, FRAMES, NOTHING = range(4)
+# What comes next: the request's head, the answer to it, frames, or nothing.
+HEAD, ANSWER, FRAMES, NOTHING = range(4)
 
 
 class Web(Protocol):
@@ -1985,7 +1985,7 @@ class Web(Protocol):
             while not self._lines:
                 if self._state is HEAD:
                     return self._parse_head()
-                if self._state is REQUEST:
+                if self._state is ANSWER:
                     return self._answer()
                 if self._state is NOTHING:
                     return DISCONNECT
@@ -2016,7 +2016,7 @@ class Web(Protocol):
                 self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # no zone
         except ValueError:
             return self._respond(400)
-        self._state = REQUEST
+        self._state = ANSWER
         return REQUESTED
 
     def _answer(self) -> Message:
@@ -2253,12 +2253,11 @@ const handlers = {
   },
   history(event) { resume(event.events); },
   joined(event) { people.set(event.name, false); listSoon(); show(event); },
-  quit(event) { people.delete(event.name); listSoon(); show(event); },
-  kicked(event) { handlers.quit(event); },
+  quit: forgetName, kicked: forgetName,
   renamed(event) {
     people.set(event.to, people.get(event.name));
     hues.set(event.to, hueOf(event.name));
-    handlers.quit(event);
+    forgetName(event);
     if (isOwn(event)) setName(event.to);
   },
   people(event) {
@@ -2270,6 +2269,7 @@ const handlers = {
     closing = event.code;
   },
 };
+function forgetName(event) { people.delete(event.name); listSoon(); show(event); }
 function setName(value) {
   name = stored.name = value;
   const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
