@@ -5,7 +5,7 @@
     telnet localhost 1337       joins the room, and so does
     http://localhost:1338/      in a browser
 
-A chat room is a log, and a reader is a cursor into it.  Everything that happens is an event.
+A chat room is a log, and a reader is a cursor into it.  What happens in the room is an event.
 It is appended once to the log of each format (text for telnet, JSON for WebSockets), and each
 reader is sent everything new in one system call.  One thread runs the event loop: select,
 process input, send, reconcile.
@@ -133,7 +133,7 @@ def fill(template: str, fields: Event) -> str:
 
 
 def local_time(at: int) -> str:
-    """Seconds since the epoch as a date, hours and minutes, in the server's time zone."""
+    """Seconds since the epoch as date, hours and minutes, in the server's time zone."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
@@ -153,21 +153,21 @@ HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
 CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
 REJECTED_SECONDS = 1.0  # the same, for rejected callers
 SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
-LOST_SECONDS = 120.0  # for saying what somebody had sent before a reset
+LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
-PACE_SECONDS = 0.02  # between two looks at those who wait for tokens
+PACE_SECONDS = 0.02  # shortest wait for tokens: many are served together
 
 # Backpressure
 WINDOW = 1 << 20  # bytes: no log grows beyond it by more than one event
 LAG_LIMIT = WINDOW // 2  # bytes: while any reader lags by more, the room is paused
-ITERATION_LIMIT = WINDOW // 2  # bytes: after so many new ones an iteration takes no more input
-STALL_SECONDS = 2.0  # how long the room may be paused: the stall budget
-STALL_RECOVERY = 0.2  # seconds that it regains in each second without a pause
+ITERATION_LIMIT = WINDOW // 2  # new bytes after which an iteration processes no more input
+STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
+STALL_RECOVERY = 0.2  # seconds regained per second without a pause
 POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
-SPLICE_SIZE = 128  # bytes that a splice counts for; adjacent ones are merged up to this size
-WHISPER_LIMIT = 64 << 10  # private bytes pending: with more, nobody can whisper to a person
+SPLICE_SIZE = 128  # bytes: what a splice adds to a lag; adjacent ones are merged up to it
+WHISPER_LIMIT = 64 << 10  # private bytes pending: with more, nobody whispers to a person
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending: with more, their own input waits
 
 # Sockets
@@ -176,15 +176,16 @@ READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
-OWN_DESCRIPTORS = 16  # for our own use
+OWN_DESCRIPTORS = 16  # log, signals and so on
 SPARE_CONNECTIONS = 16  # for callers who find the server full
 PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
 
 # Tokens: an allowance of --rate a second.
-BURST_SECONDS = 5  # of the rate: what may be saved up
+BURST_SECONDS = 5  # of the rate: what can be saved up
 ADDRESS_SHARE = 10  # times a person's rate: everyone from one address together
 LOCALHOST_SHARE = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
+WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 LINE_TOKENS = 1  # for every line; the others come on top
 JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 24  # a new name confuses everyone
@@ -196,19 +197,19 @@ HISTORY_SIZE = 64 << 10  # bytes of text
 BAN_MINUTES = 60  # where the operator does not say
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
-ADDRESSES_LIMIT = 10_000  # kept besides those in use
+ADDRESSES_LIMIT = 10_000  # known at most, unless more are in use
 FORMER_NAMES = 10_000
 WRONG_PASSWORDS = 1000
-REMEMBERED_SECONDS = 3600.0  # both of these
+REMEMBERED_SECONDS = 3600.0  # how long both are kept
 WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
 class Settings(NamedTuple):
-    """What main() sets."""
+    """The options that the server runs with.  A limit of 0 is no limit."""
 
-    rate: int = 10  # lines a second from one person; 0 is no limit
-    max_people: int = 0  # in the room; 0 is no limit
-    max_per_address: int = 100  # connections; 0 is no limit
+    rate: int = 10  # lines a second from one person
+    max_people: int = 0  # in the room
+    max_per_address: int = 100  # connections
     history: int = 0  # lines
     welcome: str = WELCOME
     password: str = ""  # of the operators; without one, there are none
@@ -268,7 +269,7 @@ class Outbox:
 
     @property
     def lag(self) -> int:
-        """Bytes of the log to be sent yet; a splice counts as SPLICE_SIZE, whatever it holds."""
+        """Bytes of the log to be sent yet; a splice counts as SPLICE_SIZE."""
         return max(0, self.log.end - self.cursor) + len(self.splices) * SPLICE_SIZE
 
     @property
@@ -282,7 +283,7 @@ class Outbox:
             self.splices = [(self.cursor, 0, each) for _, _, each in self.splices]
 
     def leave(self) -> None:
-        """Read no further than the log's current end; what is pending stays pending."""
+        """Read no further than the log's current end; what is pending stays."""
         end = self.log.end
         self._splice(end, FOREVER - end, b"")
 
@@ -378,7 +379,7 @@ class Protocol:
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer's X-Forwarded-For
         self.caller = ""  # the address in it
-        self.ban = ""  # how long the peer is still banned
+        self.ban_left = ""  # set before the response: how long they are still banned
 
     @property
     def opened(self) -> bool:
@@ -397,7 +398,7 @@ class Protocol:
         raise NotImplementedError
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        """Obey Ctrl-C in what waits to be fed; its last `new` bytes were not searched yet."""
+        """Obey Ctrl-C in `unfed`, of which the last `new` bytes were not searched yet."""
         return False
 
     def close(self, code: str) -> bytes:
@@ -407,10 +408,10 @@ class Protocol:
 
 # Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC).
 ESCAPE = re.compile(
-    r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -/]* [@-~]  # CSI, parameters, final byte
+    r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -.]* [@-~]  # CSI, parameters, final byte
       | \x1bO [@-~]  # SS3 and its letter
       | \x1b\] [^\x07\x1b]* (?: \x07 | \x1b\\ | \Z )  # OSC up to its end
-      | \x1b [^\x1b]?  # any other character after ESC""",
+      | \x1b [^\x1b/]?  # any other character; not a slash, for /op stays a command""",
     re.VERBOSE | re.DOTALL,
 )
 # Control characters, line separators, and bidirectional controls (Unicode UAX #9, 2.1 to 2.5).
@@ -450,11 +451,11 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # RFC 860
 
-ARE_YOU_THERE, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
+AYT, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
-# Commands that stand for a key, and the byte that telnet may have taken for that key.  Without
-# BINARY the common telnets clear the top bit before they look for keys: in \u0443 (D1 83) they see
-# 03, Ctrl-C, and send IP.  So inside of a character a command is replaced by that byte.
+# Without BINARY the common telnets clear a byte's top bit and look for keys: in \u0443 (D1 83) they
+# see 03, Ctrl-C, and send IP.  So inside of a character a command is replaced by the byte.
+# For each command: its key, and the byte.
 KEYS = {
     b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184)
     b"\xed": (b"", b"\x9a"),  # SUSP (RFC 1184): Ctrl-Z
@@ -462,7 +463,7 @@ KEYS = {
     b"\xf3": (CTRL_C, b"\x9c"),  # BRK: Ctrl-\ in a telnet without ABORT
     b"\xf4": (CTRL_C, b"\x83"),  # IP: Ctrl-C
     b"\xf5": (b"", b"\x8f"),  # AO: Ctrl-O
-    ARE_YOU_THERE: (b"", b"\x94"),  # AYT: Ctrl-T
+    AYT: (b"", b"\x94"),  # Are You There: Ctrl-T
     b"\xf7": (b"\b", b"\x88"),  # EC, erase character
     b"\xf8": (b"\x15", b"\x95"),  # EL, erase line
     IAC: (IAC, IAC),  # the byte 255 itself
@@ -480,13 +481,11 @@ SWALLOWED = re.compile(
 
 def decode_line(line: bytes) -> str:
     """A line of UTF-8, with missing bytes put back; U+FFFD stands for broken ones."""
-    try:
+    with suppress(UnicodeDecodeError):
         return line.decode()
-    except UnicodeDecodeError:
-        try:
-            return SWALLOWED.sub(b"\\1\x85", line).decode()
-        except UnicodeDecodeError:
-            return line.decode("utf-8", "replace")
+    with suppress(UnicodeDecodeError):
+        return SWALLOWED.sub(b"\\1\x85", line).decode()
+    return line.decode("utf-8", "replace")
 
 
 def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
@@ -509,7 +508,7 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
             key, byte = KEYS[simple]
             if UNFINISHED.search(text[-3:]):
                 text += byte
-            elif simple == ARE_YOU_THERE:
+            elif simple == AYT:
                 replies += HERE
             else:
                 text += key
@@ -519,14 +518,15 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
 class Telnet(Protocol):
     """Telnet (RFC 854): lines of text, and commands among them.
 
-    A client that has turned out to be a telnet is asked once for BINARY; others get only UTF-8.
+    A client that seems to be a telnet is asked once for BINARY.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        # Where `split_commands` goes on: the last bytes of text, and an incomplete command.
-        self._fed = self._scanned = (b"", b"")
+        # Input is fed when tokens allow it, but searched for Ctrl-C at once: two positions, each
+        # with the last bytes of text, and an incomplete command.
+        self._fed_to = self._scanned_to = (b"", b"")
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -541,12 +541,12 @@ class Telnet(Protocol):
         if not data:
             self.ended = True
             return
-        before, command = self._fed
+        before, command = self._fed_to
         if command or IAC in data:
             self._ask_for_binary()
             data, command, replies = split_commands(command + data, before)
             self.replies += replies
-        self._fed = (before + data)[-3:], command
+        self._fed_to = (before + data)[-3:], command
         if not data or self._key:
             return
         for key in (CTRL_C, CTRL_D):
@@ -560,7 +560,7 @@ class Telnet(Protocol):
         # A line ends with CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12).
         plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += plain.replace(b"\r", b"\n")
-        if len(plain) < len(data) and not self._text.isascii():  # surely a telnet
+        if len(plain) < len(data) and not self._text.isascii():  # probably a telnet
             self._ask_for_binary()
 
     def _ask_for_binary(self) -> None:
@@ -572,11 +572,11 @@ class Telnet(Protocol):
         if self._key != CTRL_C:
             if not new:
                 return False
-            if new >= len(unfed):  # nothing was scanned since the last feed
-                self._scanned = self._fed
-            (before, command), ahead = self._scanned, unfed[-new:]
+            if new >= len(unfed):  # the search starts where feed() stopped
+                self._scanned_to = self._fed_to
+            (before, command), ahead = self._scanned_to, unfed[-new:]
             text, command, _ = split_commands(command + ahead, before)
-            self._scanned = (before + text)[-3:], command
+            self._scanned_to = (before + text)[-3:], command
             if CTRL_C not in text:
                 return False
             self._key = CTRL_C
@@ -604,20 +604,19 @@ class Telnet(Protocol):
 # ---
 # 5. Person, Limiter
 
-# The three states of a person.  Only Chat changes them.
-#
+# State          What happens                          Next state (only Chat changes it)
 # AWAITING_NAME  a valid name that is free             CHATTING; the others are told
 #                an invalid or taken one               error and prompt; CLOSING after five prompts
-#                banned, full, crowded                 CLOSING
-#                /quit, end of stream, web request,    CLOSING
-#                too long a line, no name in time
-# CHATTING       /quit, Ctrl-C, Ctrl-D, end of stream  CLOSING; the others read that they quit
-#                dropped or kicked                     CLOSING; the others are told
+#                banned, full, crowded, HTTP, a line   CLOSING
+#                too long, no name in time
+# both           /quit, Ctrl-C, Ctrl-D, end of stream, CLOSING; if CHATTING, the others are told
+#                kicked, dropped
+#                shutdown                              CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
-# A browser that has sent no request yet is AWAITING_NAME; its `protocol.opened` is False.
-# After a reset a person is lost: `outbox.write_closed`.  What they sent before is still said.
+# A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
+# After a reset a person is lost (`outbox.write_closed`): the lines that were read are still said.
 AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 
@@ -626,7 +625,7 @@ class Person:
 
     # Limiter.add sets these.
     host: Host
-    address: Address
+    quota: AddressQuota
     bucket: TokenBucket
 
     def __init__(self, origin: str, log: Log, now: float) -> None:
@@ -637,14 +636,14 @@ class Person:
         self.timer_start = now  # when they connected, were lost or began to close: see deadline
         self.rejected = ""  # the code of the reason why they may not join
         self.name = ""
-        self.asked = 0  # how often they were asked for a name
+        self.asked = 0  # prompts for a name so far
         self.operator = False
         self.virtual_time = 0.0  # input is processed in its order (fair queueing)
 
     @property
-    def is_unfinished(self) -> bool:
-        """Whether anything must be done before the connection can be closed."""
-        return self.state is not CLOSING or self.outbox.has_pending
+    def is_done(self) -> bool:
+        """Whether the connection can be closed at once."""
+        return self.state is CLOSING and not self.outbox.has_pending
 
 
 class TokenBucket:
@@ -652,7 +651,7 @@ class TokenBucket:
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
-        self.ready_at: float = -BURST_SECONDS  # when there is a token in it again
+        self.ready_at: float = -BURST_SECONDS  # when it is no longer overspent
 
     def spend(self, tokens: float, now: float) -> None:
         if self.rate:
@@ -664,7 +663,7 @@ class Quota:
 
     def __init__(self, limit: int, spare: int) -> None:
         self.limit = limit  # 0 is no limit
-        self.spare = spare  # departing connections that may always stay
+        self.spare = spare  # departing connections allowed beyond it; 0 is no limit
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: they do not count
 
@@ -674,8 +673,8 @@ class Quota:
         return self.limit - self.connections + len(self.departing)
 
 
-class Address(Quota):
-    """An address, or an IPv6 /64, with its token bucket; kept until the bucket is full."""
+class AddressQuota(Quota):
+    """Of an address or an IPv6 /64; kept while in use, and until its bucket is full."""
 
     def __init__(self, key: str, limit: int, rate: int) -> None:
         super().__init__(limit, limit)
@@ -692,7 +691,7 @@ LOCALHOST = "localhost"
 
 
 class Host(NamedTuple):
-    """Where somebody connects from."""
+    """Where somebody connects from.  A ban of a `key` holds if `key in host`."""
 
     address: str
     network: str  # the address's IPv6 /64; the address itself, if it has none
@@ -700,7 +699,7 @@ class Host(NamedTuple):
 
 @functools.lru_cache
 def parse_host(text: str) -> Host:
-    """The host with this address; of an IPv6 /64, the /64 twice.  May raise ValueError."""
+    """The host with this address; for an IPv6 /64, both are the /64.  May raise ValueError."""
     address_text, _, bits = text.partition("/")
     address = ipaddress.ip_address(address_text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
@@ -719,9 +718,9 @@ class Limiter:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
         self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
-        self.addresses: dict[str, Address] = {}  # those who connect are counted by them
+        self.quotas: dict[str, AddressQuota] = {}  # those who connect are counted by them
         self.bans: dict[str, Ban] = {}  # by address or /64
-        self.own_networks: set[str] = set()  # those in which we have been called
+        self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
     def add(self, person: Person, peer: str, ours: str = "") -> None:
         """Count a connection; where there are too many, the person is rejected.
@@ -731,69 +730,70 @@ class Limiter:
         person.host = parse_host(peer)
         if ours:
             self.own_networks.add(parse_host(ours).network)
-        person.address = self.address(self.counted_as(person.host))
+        person.quota = self.quota_for(self.counted_as(person.host))
         person.bucket = TokenBucket(self.settings.rate)
-        for quota, code in ((self.everyone, "full"), (person.address, "crowded")):
+        for quota, code in ((self.everyone, "full"), (person.quota, "crowded")):
             quota.connections += 1
             if quota.limit and quota.free < 0:
                 person.rejected = person.rejected or code
         if person.rejected or person.outbox.write_closed:
             self.mark_departing(person)
         if self.settings.rate:
-            self._queue_later(person, JOIN_TOKENS)  # or newcomers would go before all others
+            self._queue_later(person, JOIN_TOKENS)  # else newcomers would always be first
 
     def counted_as(self, host: Host) -> str:
         """What counts as one: an IPv6 /64, but in our own networks each address."""
         return host.address if host.network in self.own_networks else host.network
 
     def mark_departing(self, person: Person) -> None:
-        """Count a connection that will end soon against no limit."""
-        for quota in (self.everyone, person.address):
+        """Stop counting a connection that will end soon."""
+        for quota in (self.everyone, person.quota):
             quota.departing[person] = None
 
     def remove(self, person: Person) -> None:
         """Forget a connection."""
-        for quota in (self.everyone, person.address):
+        for quota in (self.everyone, person.quota):
             quota.connections -= 1
             quota.departing.pop(person, None)
 
-    def address(self, key: str) -> Address:
+    def quota_for(self, key: str) -> AddressQuota:
         """The address with this key; a new one if it is not known."""
-        if key not in self.addresses:
-            if len(self.addresses) >= ADDRESSES_LIMIT:
-                idle = (old for old, each in self.addresses.items() if not each.connections)
-                self.addresses.pop(next(idle, ""), None)
+        if key not in self.quotas:
+            if len(self.quotas) >= ADDRESSES_LIMIT:
+                idle = (old for old, each in self.quotas.items() if not each.connections)
+                self.quotas.pop(next(idle, ""), None)
             rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
+            self.quotas[key] = quota = AddressQuota(key, limit, rate)
             if key == LOCALHOST:
-                rate, limit = rate * LOCALHOST_SHARE, 0
-            self.addresses[key] = Address(key, limit, rate)
-        return self.addresses[key]
+                quota.limit, quota.bucket.rate = 0, rate * LOCALHOST_SHARE
+        return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
-        """Who must go, because too many like this person are departing; None if nobody."""
-        for quota in (self.everyone, person.address):
-            if quota.limit and len(quota.departing) > max(quota.spare, quota.free):
-                return min(quota.departing, key=lambda each: each.is_unfinished)
+        """The connection to close first if too many like this are departing; else None."""
+        for quota in (self.everyone, person.quota):
+            # They may use the spare places, and those that are free.
+            if quota.spare and len(quota.departing) > max(quota.spare, quota.free):
+                return max(quota.departing, key=lambda each: each.is_done)  # or the oldest
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
-        """Have a person pay, and their address."""
+        """Take tokens from a person and from their address."""
         if self.settings.rate:
             person.bucket.spend(tokens, self.now)
-            person.address.bucket.spend(tokens, self.now)
+            person.quota.bucket.spend(tokens, self.now)
             self._queue_later(person, tokens)
 
     def _queue_later(self, person: Person, tokens: float) -> None:
-        """Fair queueing: whoever has used least of their share of an address goes first."""
-        share = person.address.bucket.rate / person.address.connections
+        """Fair queueing: move a person back by what the tokens take at their share of the rate."""
+        share = person.quota.bucket.rate / person.quota.connections
         person.virtual_time = max(person.virtual_time, self.now) + tokens / share
 
     def tick(self) -> None:
         """Forget the addresses that are idle, and the bans that are over."""
-        for key, address in list(self.addresses.items()):
-            full_at = address.bucket.ready_at + BURST_SECONDS
-            if full_at <= self.now and not address.connections:
-                del self.addresses[key]
+        for key, quota in list(self.quotas.items()):
+            full_at = quota.bucket.ready_at + BURST_SECONDS
+            if full_at <= self.now and not quota.connections:
+                del self.quotas[key]
         self.bans = {key: ban for key, ban in self.bans.items() if ban.until > self.now}
 
     def ban(self, key: str, minutes: int, by: str) -> None:
@@ -828,9 +828,9 @@ class History:
             self._size -= self._lines.popleft()[2]
         self.encoded.clear()
 
-    def forget(self, address: str) -> None:
+    def forget(self, key: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        self._lines = deque(line for line in self._lines if address not in line[1])
+        self._lines = deque(line for line in self._lines if key not in line[1])
         self._size = sum(size for _, _, size in self._lines)
         self.encoded.clear()
 
@@ -859,8 +859,8 @@ HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
 def name_key(name: str) -> str:
-    """The same for every spelling of a name: BOB, \uff42\uff4f\uff42, bob (Unicode, D146)."""
-    key = unicodedata.normalize("NFD", name[:NORMALIZE_LIMIT])  # it takes quadratic time
+    """The same for every spelling of a name: BOB, \uff42ob, bob (Unicode, D146)."""
+    key = unicodedata.normalize("NFD", name[:NORMALIZE_LIMIT])  # normalizing takes quadratic time
     for _ in range(2):
         key = unicodedata.normalize("NFKD", key.casefold())
     return key
@@ -920,14 +920,14 @@ class Chat:
         self.new_bytes = 0  # of events, in all formats, in this iteration
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
-        # Former names (when given up, name_key, whose), and wrong passwords (when, where).
+        # Former names (when left, name_key, whose), and wrong passwords (when, where).
         self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
         self._wrong: deque[tuple[float, str]] = deque(maxlen=WRONG_PASSWORDS)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show everyone in the room an event; what people say, not to those who ignore them."""
+        """Show everyone in the room an event; what is said, not to those who ignore it."""
         self._last_id += 1
         event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name}
         event.update(fields)
@@ -967,8 +967,8 @@ class Chat:
             self.send(person, "prompt", text=PROMPT)
 
     def _reject(self, person: Person) -> bool:
-        """Disconnect a caller if they may not join; returns whether that was so."""
-        ban = self._ban_duration(person)
+        """Disconnect a caller if they may not join; returns whether it did."""
+        ban = self._ban_left(person)
         if ban:
             person.rejected = "banned"
         elif 0 < self.settings.max_people <= len(self.people):
@@ -977,8 +977,8 @@ class Chat:
             self.disconnect(person, person.rejected, person.rejected, duration=ban)
         return bool(person.rejected)
 
-    def _ban_duration(self, person: Person) -> str:
-        """For how long a caller is still banned, in words; "" if they are not."""
+    def _ban_left(self, person: Person) -> str:
+        """How long a caller is still banned, in words; "" if they are not."""
         minutes = self.limiter.banned_minutes(*person.host)
         return f"{minutes} more minute" + "s" * (minutes > 1) if minutes else ""
 
@@ -988,7 +988,7 @@ class Chat:
             return
         person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS)
-        self.publish("joined", person)  # while they do not read it themselves
+        self.publish("joined", person)  # before they read it themselves
         person.state = CHATTING
         self.people[name_key(name)] = person
         person.outbox.log.readers[person] = None
@@ -1037,7 +1037,7 @@ class Chat:
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
         """Do what a line or signal means in this state; see the table above."""
-        if message != "" or not person.outbox.write_closed:  # a lost person's blank lines are free
+        if message != "" or not person.outbox.write_closed:  # blank lines of the lost are free
             self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
@@ -1049,7 +1049,7 @@ class Chat:
             elif message is CONNECTED:
                 self.greet(person)
             elif isinstance(message, int) or HTTP_REQUEST.match(message):
-                self.disconnect(person, "sent no name")  # but TOO_LONG, or HTTP
+                self.disconnect(person, "sent no name")  # TOO_LONG, or HTTP
             elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
                 self.disconnect(person, "quit")
             else:
@@ -1060,13 +1060,13 @@ class Chat:
                 self._ask_for_name(person)
 
     def _take_request(self, person: Person) -> None:
-        """Note who calls, which a proxy may have told, and whether they are banned."""
+        """Before a response: take the caller's address from a proxy, and look for a ban."""
         caller = person.protocol.caller
         if caller:
             person.origin = f"{caller} through {person.origin}"
             self.limiter.remove(person)
             self.limiter.add(person, caller)
-        person.protocol.ban = self._ban_duration(person)
+        person.protocol.ban_left = self._ban_left(person)
 
     def _take_line(self, person: Person, line: Message) -> None:
         if isinstance(line, int):
@@ -1096,10 +1096,10 @@ class Chat:
         self._former.append((self.limiter.now, key, person))
 
     def _find(self, name: str, former: bool = False) -> Person:
-        """Who has this name, or else had it last, here or gone; raises CommandError."""
+        """Who has this name, or (`former`) had it last, here or gone; raises CommandError."""
         key, oldest = name_key(name), self.limiter.now - REMEMBERED_SECONDS
-        names = reversed(self._former) if former else ()
-        owners = (each for left_at, old, each in names if old == key and left_at > oldest)
+        entries = reversed(self._former) if former else ()
+        owners = (each for left_at, old, each in entries if old == key and left_at > oldest)
         person = self.people.get(key) or next(owners, None)
         if not person:
             raise CommandError(f"Nobody here is called {name}.")
@@ -1108,10 +1108,10 @@ class Chat:
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
         name, rest = [*line.split(None, 1), ""][:2]
-        if name[:2] == "//":  # //x says /x
+        if name[:2] == "//":  # //x says /x; only for /op, see PASSWORD_LINE
             name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
-        is_open = found is COMMANDS["/op"] and self.settings.password  # anyone may try
+        is_open = self.settings.password != "" and found is COMMANDS["/op"]  # anyone may try
         if not found or (found.operators and not person.operator and not is_open):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
@@ -1133,7 +1133,7 @@ class Chat:
             address = {"address": each.host.address} if person.operator else {}
             rows.append({"name": each.name, "operator": each.operator, **address})
         data = person.protocol.encode({"type": "people", "people": rows})
-        self.limiter.charge(person, len(data) / READ_SIZE)
+        self.limiter.charge(person, len(data) / WHO_BYTES_PER_TOKEN)
         self.send_raw(person, data)
 
     @command("/me ACTION", "say what you do: /me waves")
@@ -1189,11 +1189,11 @@ class Chat:
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS)
-        now, address = self.limiter.now, person.address.key
-        self._wrong.append((now, address))
-        wrong = sum(now - at < REMEMBERED_SECONDS and each == address for at, each in self._wrong)
+        now, key = self.limiter.now, person.quota.key
+        self._wrong.append((now, key))
+        wrong = sum(now - at < REMEMBERED_SECONDS and each == key for at, each in self._wrong)
         if wrong == WRONG_PASSWORDS_WARNED:
-            logger.warning("%d wrong passwords in an hour from %s", wrong, address)
+            logger.warning("%d wrong passwords in an hour from %s", wrong, key)
         raise CommandError("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
@@ -1218,24 +1218,24 @@ class Chat:
                 raise CommandError("A ban takes a name, an address or an IPv6 /64.", "usage")
             other = self._find(name, former=True)
             host = other.host
-        address = self.limiter.counted_as(host)
+        key = self.limiter.counted_as(host)
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
-        if address == LOCALHOST:
+        if key == LOCALHOST:
             raise CommandError("localhost is never banned; /kick removes somebody.")
-        if address in person.host:
+        if key in person.host:
             raise CommandError("That is your own address; /kick removes somebody.")
-        if address not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
+        if key not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         if other and other.state is CHATTING:
             self._kick_out(other, person, f"banned for {minutes} min")
-        self.history.forget(address)
-        self.limiter.ban(address, minutes, person.name)
-        remaining = self.limiter.banned_minutes(address)
-        logger.info("%s banned %s for %d min", person.name, address, remaining)
-        here = sum(address in each.host for each in self.people.values())
-        text = f"{address} is banned for {remaining} min; others from there are here: {here}."
+        self.history.forget(key)
+        self.limiter.ban(key, minutes, person.name)
+        remaining = self.limiter.banned_minutes(key)
+        logger.info("%s banned %s for %d min", person.name, key, remaining)
+        here = sum(key in each.host for each in self.people.values())
+        text = f"{key} is banned for {remaining} min; still here from there: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
@@ -1312,6 +1312,7 @@ class Reactor:
 
     `_reconcile` does what follows from a connection's state; `_guard` confines an error to one.
     `Chat.disconnect` ends a connection politely, `_drop` at once; after `_lose` nothing is sent.
+    All end in `_close`.
     """
 
     def __init__(
@@ -1328,12 +1329,11 @@ class Reactor:
         self.now = clock()  # when this iteration began
         self.limiter = Limiter(settings, self.now)
         self.chat = Chat(listeners.values(), self.limiter)
-
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
-        self.ready: dict[Connection, None] = {}  # those with unprocessed input
+        self.with_input: dict[Connection, None] = {}  # those with unprocessed input
         self.blocked: dict[Connection, None] = {}  # those whose socket did not take everything
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
-        self.paused = False  # no input is processed, because somebody lags too far behind
+        self.paused = False  # somebody lags too far behind: no input is processed
         self.tick_at = self.now  # the first tick registers the listeners
         self.ping_at = self.now + PING_SECONDS
         self.ends_at = NEVER  # when a stopped server ends, at the latest
@@ -1374,7 +1374,7 @@ class Reactor:
             if isinstance(key.data, Connection):
                 self._on_io(key.data, events)
             else:
-                key.data()  # a listener's, or whatever else was registered with a function
+                key.data()  # a function: `_accept`, or on_wakeup
         self._process_ready()
         for log in self.chat.logs.values():
             self._broadcast(log)
@@ -1392,7 +1392,7 @@ class Reactor:
     def _timeout(self) -> float:
         if self.chat.changed:
             return 0
-        until = min(map(self._ready_at, self.ready), default=NEVER)
+        until = min(map(self._ready_at, self.with_input), default=NEVER)
         if until > self.now:
             until = max(until, self.now + PACE_SECONDS)
         poll_at = self.now + POLL_SECONDS if self.paused else NEVER
@@ -1414,16 +1414,16 @@ class Reactor:
             self._guard(self._read, conn)
 
     def _process_ready(self) -> None:
-        """Process the input of those who are ready, in the order of `virtual_time`."""
+        """Process input in the order of `virtual_time`."""
         until = self.clock() + PROCESS_SECONDS
-        for conn in sorted(self.ready, key=lambda each: each.virtual_time):
+        for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
             if self.clock() > until:
                 return
-            if conn in self.ready and self._ready_at(conn) <= self.now:
-                self.ready[conn] = self.ready.pop(conn)  # equals take turns
-            elif not conn.unscanned:  # otherwise, Ctrl-C may have come
-                continue
-            self._guard(self._process_input, conn)
+            is_ready = conn in self.with_input and self._ready_at(conn) <= self.now
+            if is_ready:
+                self.with_input[conn] = self.with_input.pop(conn)  # equals take turns
+            if is_ready or conn.unscanned:  # Ctrl-C counts even while they wait
+                self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1478,7 +1478,7 @@ class Reactor:
 
     def _ping(self, conn: Connection) -> None:
         """Ping a peer; it is lost if it has answered none of the last pings."""
-        if conn.outbox.has_pending or conn in self.ready:
+        if conn.outbox.has_pending or conn in self.with_input:
             return
         if conn.unanswered >= PINGS_LIMIT:
             self._lose(conn, "it answers no ping")
@@ -1531,19 +1531,19 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        protocol.behind_proxy = self.settings.behind_proxy and conn.address.key == LOCALHOST
+        protocol.behind_proxy = self.settings.behind_proxy and conn.quota.key == LOCALHOST
         if protocol.opened:
             self.chat.greet(conn)
         self._reconcile(conn)
         self._evict(conn)
 
     def _evict(self, conn: Connection) -> None:
-        """Close the oldest of those departing, while there are too many like this one."""
+        """Close departing connections, while too many are like this one."""
         while other := self.limiter.to_evict(conn):
-            if other.is_unfinished:
-                self._drop(other, "too many connections")
-            else:
+            if other.is_done:
                 self._close(other)
+            else:
+                self._drop(other, "too many connections")
 
     # One connection
     def _guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
@@ -1558,14 +1558,14 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", conn.origin)
             why = "an internal error"
-        self._drop(conn, why)  # not above, where a traceback keeps a view of the log
+        self._drop(conn, why)  # not in `except`: there, a traceback keeps a view of the log
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
-        must_read = conn.outbox.private_bytes > PRIVATE_LIMIT
-        if self.paused or must_read or self.chat.new_bytes > ITERATION_LIMIT:
+        is_behind = conn.outbox.private_bytes > PRIVATE_LIMIT
+        if self.paused or is_behind or self.chat.new_bytes > ITERATION_LIMIT:
             return NEVER
-        return max(conn.bucket.ready_at, conn.address.bucket.ready_at)
+        return max(conn.bucket.ready_at, conn.quota.bucket.ready_at)
 
     def _read(self, conn: Connection) -> None:
         """Read ahead; `_reconcile` asks for it only where there is space."""
@@ -1574,7 +1574,7 @@ class Reactor:
         except BlockingIOError:
             return
         except OSError as error:
-            if conn not in self.ready:
+            if conn not in self.with_input:
                 raise
             self._lose(conn, error.strerror)  # what they sent before is still said
             data = b""
@@ -1582,21 +1582,21 @@ class Reactor:
         conn.read_buffer += data
         conn.unscanned += len(data)
         conn.eof = not data
-        self.ready[conn] = None
+        self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
-        """Feed the protocol what one token buys (at rate 0, one read), and handle its messages."""
+        """Handle messages, and feed the protocol once; after a return, input is left."""
         protocol = conn.protocol
-        budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE
+        budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE  # bytes: what a token buys
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
                 if conn.state is AWAITING_NAME:
-                    return  # they have said nothing that Ctrl-C could drop
+                    return  # Ctrl-C matters only in the room
                 new = min(conn.unscanned, len(conn.read_buffer))
                 conn.unscanned = 0
                 if not protocol.take_interrupt(conn.read_buffer, new):
-                    return
+                    return  # else next() disconnects
             message = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(conn, protocol.replies)
@@ -1607,7 +1607,7 @@ class Reactor:
                     self._evict(conn)  # a proxy may have told another address
             elif conn.read_buffer:
                 if not budget:
-                    return
+                    return  # was fed already
                 data, conn.read_buffer = conn.read_buffer[:budget], conn.read_buffer[budget:]
                 budget = 0
                 self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
@@ -1616,7 +1616,7 @@ class Reactor:
                 protocol.feed(b"")
             else:
                 break
-        self.ready.pop(conn, None)
+        self.with_input.pop(conn, None)
 
     def _reconcile(self, conn: Connection) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
@@ -1629,7 +1629,7 @@ class Reactor:
             self.blocked.pop(conn, None)
         if conn.state is CLOSING:
             conn.read_buffer = b""
-            self.ready.pop(conn, None)
+            self.with_input.pop(conn, None)
             if not outbox.has_pending:
                 if conn.eof:
                     self._close(conn)
@@ -1645,12 +1645,12 @@ class Reactor:
             try:
                 conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
-                pass  # its buffer is full
+                pass  # the socket's buffer is full
             except OSError as error:
                 self._lose(conn, error.strerror)
 
     def _lose(self, conn: Connection, why: str | None) -> None:
-        """Send nothing more, so that no peer reads past a gap; what was read is still processed."""
+        """Send nothing more, or a peer might read past a gap; still process what was read."""
         if not conn.outbox.write_closed:
             level = logging.INFO if conn.state is CHATTING else logging.DEBUG
             logger.log(level, "%s was lost: %s", conn.origin, why)
@@ -1676,19 +1676,19 @@ class Reactor:
             if conn.state is not CLOSING:
                 self.chat.disconnect(conn, reason)
             # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
-            with suppress(OSError):  # it is closed anyway
+            with suppress(OSError):  # it is closed next
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._close(conn)
 
     def _close(self, conn: Connection) -> None:
-        for kept in (self.connections, self.ready, self.blocked):
+        for kept in (self.connections, self.with_input, self.blocked):
             kept.pop(conn, None)
         self.limiter.remove(conn)
         with suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(conn.sock)
         with suppress(OSError):  # nothing else to do
             conn.sock.close()
-        conn.read_buffer = b""  # the former names may keep this object
+        conn.read_buffer = b""  # Chat._former may keep this object
         conn.protocol = type(conn.protocol)()
         conn.outbox.close_writes()
 
@@ -1767,7 +1767,7 @@ def open_listener(host: str | None, *ports: int) -> socket.socket:
             return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or "that is no address"
-    why = why.partition(" (while")[0]  # create_server() repeats where
+    why = why.partition(" (while")[0]  # create_server() appends the address
     sys.exit(f"batchat: can't listen on {host or 'any address'}, port {port}: {why}")
 
 
@@ -1842,7 +1842,7 @@ def stop_on_signals(reactor: Reactor) -> None:
     """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())  # it is written to when a signal comes
+    signal.set_wakeup_fd(writer.detach())  # written to by a signal
 
     def on_signal(signum: int, frame: object) -> None:
         # SIGHUP may come twice, from shell and system.
@@ -2013,7 +2013,7 @@ class Web(Protocol):
             *_, fields = self._request = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
-                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # no zone
+                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # not zones
         except ValueError:
             return self._respond(400)
         self._state = ANSWER
@@ -2029,8 +2029,8 @@ class Web(Protocol):
             return self._upgrade(method, minor, fields)
         if path == "/hello":
             return self._respond(200, body="Hello, World!")
-        if self.ban:
-            text = CLOSING_TEXT["banned"].format(duration=self.ban)
+        if self.ban_left:
+            text = CLOSING_TEXT["banned"].format(duration=self.ban_left)
             return self._respond(403, body=f"{text}\n")
         return self._respond(200, body=PAGE, kind="html")
 
@@ -2115,7 +2115,7 @@ class Web(Protocol):
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame, and read nothing more; code 0 is none.  Always True."""
+        """Send a close frame, and read nothing more; code 0 is none.  True, for `_parse_frame`."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._state = NOTHING
         return True
@@ -2127,7 +2127,7 @@ STYLE = """
 * { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
 body, main { display: flex; flex-direction: column; } main { flex: 1; overflow-y: auto; } #lines { margin-top: auto; }
 body { height: 100dvh; background: Canvas;
-  font: 16px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+  font: 16px/1.45 ui-monospace, Consolas, monospace; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
 #lines div { contain-intrinsic-height: auto 145em; } #lines div:nth-last-child(n+3) { content-visibility: auto; }
@@ -2180,8 +2180,7 @@ let awaySince = 0;  // when the room was lost
 let room, maxLine;  // of the last greeting
 let lastId;  // the highest one of an event that was shown
 let people = new Map();  // name -> whether an operator
-let hideNextPeople = false;  // they were asked for by the page alone
-let hues = new Map();  // name -> degrees
+let hideNextPeople = false;  // the page itself sent /who
 let pending = [];  // own lines that have not come back
 let queue = [], queued = 0;  // events to paint; their size
 let block, space = 0;  // the last block; what it still takes
@@ -2190,7 +2189,7 @@ let following = true, sizes;  // whether the end stays in sight; sizes at that t
 let below = 0;  // new lines below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
 let typed = [""], typedAt = 0;  // the lines entered, and what is typed now; which one is in the input
-let completing = {};  // the names that Tab goes through
+let completing = {};  // Tab: the names that fit, and where
 
 // The connection
 function connect() {
@@ -2237,8 +2236,8 @@ const handlers = {
   },
   error(event) {
     if (state === "calling") {
-      const isRetry = pause !== 1, mayBeOurs = Date.now() < awaySince + 150_000;  // ms: our lost connection has it still
-      if (isRetry && mayBeOurs && event.code === "name_taken") return socket.close();
+      const isRetry = pause !== 1, maybeOurs = Date.now() - awaySince < 150_000;  // ms: LOST_SECONDS and a margin
+      if (isRetry && maybeOurs && event.code === "name_taken") return socket.close();
       loseName();
     }
     show(event);
@@ -2256,7 +2255,6 @@ const handlers = {
   quit: forgetName, kicked: forgetName,
   renamed(event) {
     people.set(event.to, people.get(event.name));
-    hues.set(event.to, hueOf(event.name));
     forgetName(event);
     if (isOwn(event)) setName(event.to);
   },
@@ -2279,7 +2277,7 @@ function setName(value) {
 }
 function loseName() {
   setName("");
-  if (input.value) input.blur();  // what they go on to type is no name
+  if (input.value) input.blur();  // or the rest would be sent as a name
   [draft, input.value] = [draft + input.value, ""];
 }
 function setStatus(text) { status.textContent = text; }
@@ -2381,13 +2379,7 @@ function paragraph(event) {
   if (how === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }
-function hueOf(one) {  // far from the one before
-  if (!hues.has(one)) {
-    if (hues.size > 1000) hues.clear();
-    hues.set(one, hues.size * 137);
-  }
-  return hues.get(one);
-}
+const hueOf = one => [...one].reduce((hue, letter) => (hue * 31 + letter.codePointAt() * 137) % 360, 0);
 const nameElement = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const renderers = {  // how to show those that are not just text
   name: nameElement, to: nameElement, from: nameElement, by: nameElement,
@@ -2403,11 +2395,11 @@ function element(tag, properties, ...children) {
 }
 function linked(text) {  // a link that does not go where it seems to is followed by its host
   const parts = text.split(LINK);
-  parts.push(parts.splice(20).join(""));  // ten links are enough
+  parts.push(parts.splice(20).join(""));  // at most ten links
   return parts.flatMap((part, i) => {
     const url = i % 2 && URL.canParse(part) && new URL(part);
     if (!url || url.username || url.password) return part;
-    const attributes = { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", dir: "ltr" };
+    const attributes = { href: url.href, target: "_blank", rel: "noreferrer", dir: "ltr" };
     return [element("a", attributes, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
 }
@@ -2483,7 +2475,7 @@ function complete() {  // put the next name that fits before the cursor; returns
   if (!next) return false;
   input.setRangeText(next + (from ? " " : ": "), from, input.selectionStart, "end");
   completing.made = inputNow();
-  return found.push(next);
+  return found.push(next);  // for the next round
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
