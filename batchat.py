@@ -40,7 +40,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union
 
 try:
     import resource
@@ -159,7 +159,7 @@ TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
 PACE_SECONDS = 0.02  # shortest wait for tokens: many are served together
 
-# Backpressure
+# Backpressure: a reader whose socket is full keeps the log from being trimmed.
 WINDOW = 1 << 20  # bytes: no log grows beyond it by more than one event
 LAG_LIMIT = WINDOW // 2  # bytes: while any reader lags by more, the room is paused
 ITERATION_LIMIT = WINDOW // 2  # new bytes after which an iteration processes no more input
@@ -189,7 +189,7 @@ WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 LINE_TOKENS = 1  # for every line; the others come on top
 JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 24  # a new name confuses everyone
-WRONG_PASSWORD_TOKENS = 49
+WRONG_PASSWORD_TOKENS = 49  # so 50 in all
 
 # History and bans
 HISTORY_LINES = 1000
@@ -200,7 +200,7 @@ BANS_LIMIT = 1000
 ADDRESSES_LIMIT = 10_000  # known at most, unless more are in use
 FORMER_NAMES = 10_000
 WRONG_PASSWORDS = 1000
-REMEMBERED_SECONDS = 3600.0  # how long both are kept
+REMEMBERED_SECONDS = 3600.0  # older ones of both are ignored
 WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
@@ -454,7 +454,7 @@ DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # R
 AYT, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Without BINARY the common telnets clear a byte's top bit and look for keys: in \u0443 (D1 83) they
-# see 03, Ctrl-C, and send IP.  So inside of a character a command is replaced by the byte.
+# see 03, Ctrl-C, and send IP.  So a command inside a character is turned back into the byte.
 # For each command: its key, and the byte.
 KEYS = {
     b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184)
@@ -468,9 +468,11 @@ KEYS = {
     b"\xf8": (b"\x15", b"\x95"),  # EL, erase line
     IAC: (IAC, IAC),  # the byte 255 itself
 }
+# Where the parser stands: the last 3 bytes of text, and an incomplete command.
+Position = Tuple[bytes, bytes]
 # The beginning of a character in UTF-8.
 UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
-# Such telnets send nothing for byte 85 (Ctrl-E).  This finds characters that lack it:
+# These telnets drop byte 85 (Ctrl-E).  This finds characters that lost it:
 SWALLOWED = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
         | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or Thai letter
@@ -488,12 +490,13 @@ def decode_line(line: bytes) -> str:
     return line.decode("utf-8", "replace")
 
 
-def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
-    """Take the telnet commands out of `data`, which follows `before`, the last bytes of text.
+def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, bytes]:
+    """Take the telnet commands out of `data`, which comes after `position`.
 
-    Returns the text, with keys for commands; an incomplete command at the end; and the replies.
+    Returns the text, with keys for commands; the position after it; and the replies.
     """
-    text, end, rest, replies = bytearray(before), 0, b"", bytearray()
+    before, rest = position
+    data, text, end, rest, replies = rest + data, bytearray(before), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
         end = command.end()
@@ -512,7 +515,8 @@ def split_commands(data: bytes, before: bytes) -> tuple[bytes, bytes, bytes]:
                 replies += HERE
             else:
                 text += key
-    return bytes(text[len(before) :]) + data[end:], rest, bytes(replies)
+    text += data[end:]
+    return bytes(text[len(before) :]), (bytes(text[-3:]), rest), bytes(replies)
 
 
 class Telnet(Protocol):
@@ -524,9 +528,8 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        # Input is fed when tokens allow it, but searched for Ctrl-C at once: two positions, each
-        # with the last bytes of text, and an incomplete command.
-        self._fed_to = self._scanned_to = (b"", b"")
+        self._position: Position = (b"", b"")  # of `feed`, when tokens allow it
+        self._search_position = self._position  # of the search for Ctrl-C, at once
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -541,12 +544,13 @@ class Telnet(Protocol):
         if not data:
             self.ended = True
             return
-        before, command = self._fed_to
+        before, command = self._position
         if command or IAC in data:
             self._ask_for_binary()
-            data, command, replies = split_commands(command + data, before)
+            data, self._position, replies = split_commands(data, self._position)
             self.replies += replies
-        self._fed_to = (before + data)[-3:], command
+        else:
+            self._position = (before + data)[-3:], b""
         if not data or self._key:
             return
         for key in (CTRL_C, CTRL_D):
@@ -572,15 +576,13 @@ class Telnet(Protocol):
         if self._key != CTRL_C:
             if not new:
                 return False
-            if new >= len(unfed):  # the search starts where feed() stopped
-                self._scanned_to = self._fed_to
-            (before, command), ahead = self._scanned_to, unfed[-new:]
-            text, command, _ = split_commands(command + ahead, before)
-            self._scanned_to = (before + text)[-3:], command
+            if new == len(unfed):  # the search starts where `feed` stopped
+                self._search_position = self._position
+            text, self._search_position, _ = split_commands(unfed[-new:], self._search_position)
             if CTRL_C not in text:
                 return False
             self._key = CTRL_C
-            if DO_TIMING_MARK in ahead:  # until it is answered, telnet shows nothing
+            if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
                 self.replies += WONT_TIMING_MARK
         self._text, self._taken, self._skipping = b"", 0, False
         return True
@@ -665,19 +667,19 @@ class Quota:
         self.limit = limit  # 0 is no limit
         self.spare = spare  # departing connections allowed beyond it; 0 is no limit
         self.connections = 0
-        self.departing: dict[Person, None] = {}  # rejected, closing or lost: they do not count
+        self.departing: dict[Person, None] = {}  # rejected, closing or lost: not counted
 
     @property
     def free(self) -> int:
-        """How many more may come; below 0, how many are too many."""
+        """Free places; negative if over the limit, or without one."""
         return self.limit - self.connections + len(self.departing)
 
 
 class AddressQuota(Quota):
-    """Of an address or an IPv6 /64; kept while in use, and until its bucket is full."""
+    """That of an address or an IPv6 /64; kept while in use, and until its bucket is full."""
 
-    def __init__(self, key: str, limit: int, rate: int) -> None:
-        super().__init__(limit, limit)
+    def __init__(self, key: str, limit: int, spare: int, rate: int) -> None:
+        super().__init__(limit, spare)
         self.key = key
         self.bucket = TokenBucket(rate)
 
@@ -739,7 +741,7 @@ class Limiter:
         if person.rejected or person.outbox.write_closed:
             self.mark_departing(person)
         if self.settings.rate:
-            self._queue_later(person, JOIN_TOKENS)  # else newcomers would always be first
+            self._move_back(person, JOIN_TOKENS)  # else newcomers would always be first
 
     def counted_as(self, host: Host) -> str:
         """What counts as one: an IPv6 /64, but in our own networks each address."""
@@ -757,21 +759,22 @@ class Limiter:
             quota.departing.pop(person, None)
 
     def quota_for(self, key: str) -> AddressQuota:
-        """The address with this key; a new one if it is not known."""
+        """The quota with this key; a new one if it is not known."""
         if key not in self.quotas:
             if len(self.quotas) >= ADDRESSES_LIMIT:
                 idle = (old for old, each in self.quotas.items() if not each.connections)
                 self.quotas.pop(next(idle, ""), None)
             rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
-            self.quotas[key] = quota = AddressQuota(key, limit, rate)
-            if key == LOCALHOST:
-                quota.limit, quota.bucket.rate = 0, rate * LOCALHOST_SHARE
+            spare = limit
+            if key == LOCALHOST:  # only the departing are limited
+                rate, limit = rate * LOCALHOST_SHARE, 0
+            self.quotas[key] = AddressQuota(key, limit, spare, rate)
         return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
         """The connection to close first if too many like this are departing; else None."""
         for quota in (self.everyone, person.quota):
-            # They may use the spare places, and those that are free.
+            # More of them than `spare` may stay only in places nobody needs.
             if quota.spare and len(quota.departing) > max(quota.spare, quota.free):
                 return max(quota.departing, key=lambda each: each.is_done)  # or the oldest
         return None
@@ -781,10 +784,10 @@ class Limiter:
         if self.settings.rate:
             person.bucket.spend(tokens, self.now)
             person.quota.bucket.spend(tokens, self.now)
-            self._queue_later(person, tokens)
+            self._move_back(person, tokens)
 
-    def _queue_later(self, person: Person, tokens: float) -> None:
-        """Fair queueing: move a person back by what the tokens take at their share of the rate."""
+    def _move_back(self, person: Person, tokens: float) -> None:
+        """Fair queueing: who uses more than their share of the address's rate comes later."""
         share = person.quota.bucket.rate / person.quota.connections
         person.virtual_time = max(person.virtual_time, self.now) + tokens / share
 
@@ -804,7 +807,7 @@ class Limiter:
     def banned_minutes(self, *keys: str) -> int:
         """For how long any of these is still banned; 0 if none is."""
         until = max((self.bans[each].until for each in keys if each in self.bans), default=0)
-        return max(0, math.ceil((until - self.now) / 60 - 1e-6))  # floats are not exact
+        return max(0, math.ceil((until - self.now) / 60 - 1e-6))  # rounding adds no minute
 
 
 # ---
@@ -817,8 +820,7 @@ class History:
         self.limit = limit  # lines
         self._lines: deque[tuple[Event, Host, int]] = deque()  # each with its size
         self._size = 0  # bytes of text
-        # In each format: made when a newcomer needs it, kept until the next line.
-        self.encoded: dict[type[Protocol], bytes] = {}
+        self._encoded: dict[type[Protocol], bytes] = {}  # a cache, until the next line
 
     def append(self, event: Event, host: Host) -> None:
         size = len(event["text"].encode())
@@ -826,16 +828,19 @@ class History:
         self._size += size
         while len(self._lines) > self.limit or self._size > HISTORY_SIZE:
             self._size -= self._lines.popleft()[2]
-        self.encoded.clear()
+        self._encoded.clear()
 
     def forget(self, key: str) -> None:
         """Drop the lines that came from an address or a /64."""
         self._lines = deque(line for line in self._lines if key not in line[1])
         self._size = sum(size for _, _, size in self._lines)
-        self.encoded.clear()
+        self._encoded.clear()
 
     def encode(self, protocol: type[Protocol]) -> bytes:
-        return protocol.encode({"type": "history", "events": [line[0] for line in self._lines]})
+        if protocol not in self._encoded:
+            event = {"type": "history", "events": [line[0] for line in self._lines]}
+            self._encoded[protocol] = protocol.encode(event)
+        return self._encoded[protocol]
 
 
 class CommandError(Exception):
@@ -917,7 +922,7 @@ class Chat:
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.changed: dict[Any, None] = {}  # the people who must be reconciled
-        self.new_bytes = 0  # of events, in all formats, in this iteration
+        self.new_bytes = 0  # of events and history in this iteration
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
         # Former names (when left, name_key, whose), and wrong passwords (when, where).
@@ -995,17 +1000,15 @@ class Chat:
         person.outbox.join()
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.history.limit:
-            protocol, encoded = type(person.protocol), self.history.encoded
-            if protocol not in encoded:
-                encoded[protocol] = self.history.encode(protocol)
-                self.new_bytes += len(encoded[protocol])
-            self.send_raw(person, encoded[protocol])
+            data = self.history.encode(type(person.protocol))
+            self.new_bytes += len(data)
+            self.send_raw(person, data)
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(self, person: Person, reason: str, code: str = "", **fields: str) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
-        `reason` is for our own log; with `code`, they are told why: see CLOSING_TEXT.
+        `reason` is for our own log.  With `code` they read its CLOSING_TEXT, filled with `fields`.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -1037,8 +1040,7 @@ class Chat:
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
         """Do what a line or signal means in this state; see the table above."""
-        if message != "" or not person.outbox.write_closed:  # blank lines of the lost are free
-            self.limiter.charge(person, LINE_TOKENS)
+        self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
                 self.disconnect(person, "closed the connection")
@@ -1108,7 +1110,7 @@ class Chat:
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
         name, rest = [*line.split(None, 1), ""][:2]
-        if name[:2] == "//":  # //x says /x; only for /op, see PASSWORD_LINE
+        if name[:2] == "//":  # //x says /x, but //op is /op: see PASSWORD_LINE
             name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
         is_open = self.settings.password != "" and found is COMMANDS["/op"]  # anyone may try
@@ -1228,14 +1230,14 @@ class Chat:
             raise CommandError("That is your own address; /kick removes somebody.")
         if key not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
-        if other and other.state is CHATTING:
-            self._kick_out(other, person, f"banned for {minutes} min")
         self.history.forget(key)
         self.limiter.ban(key, minutes, person.name)
-        remaining = self.limiter.banned_minutes(key)
-        logger.info("%s banned %s for %d min", person.name, key, remaining)
+        minutes = self.limiter.banned_minutes(key)
+        if other and other.state is CHATTING:
+            self._kick_out(other, person, f"banned for {minutes} min")
+        logger.info("%s banned %s for %d min", person.name, key, minutes)
         here = sum(key in each.host for each in self.people.values())
-        text = f"{key} is banned for {remaining} min; still here from there: {here}."
+        text = f"{key} is banned for {minutes} min; still here from there: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
@@ -1291,7 +1293,7 @@ class Connection(Person):
         super().__init__(origin, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = 0  # bytes at its end in which Ctrl-C was not looked for
+        self.unscanned = 0  # bytes since the last search for Ctrl-C; some may be fed by now
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
@@ -1331,9 +1333,9 @@ class Reactor:
         self.chat = Chat(listeners.values(), self.limiter)
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
         self.with_input: dict[Connection, None] = {}  # those with unprocessed input
-        self.blocked: dict[Connection, None] = {}  # those whose socket did not take everything
+        self.blocked: dict[Connection, None] = {}  # those whose socket is full
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
-        self.paused = False  # somebody lags too far behind: no input is processed
+        self.paused = False  # somebody is lagging: no input is processed
         self.tick_at = self.now  # the first tick registers the listeners
         self.ping_at = self.now + PING_SECONDS
         self.ends_at = NEVER  # when a stopped server ends, at the latest
@@ -1434,7 +1436,7 @@ class Reactor:
         with memoryview(log.data)[offered - log.start :] as news:
             for conn in log.readers:
                 outbox = conn.outbox
-                # The usual case: no function of ours is called.
+                # Fast path: no Python call but send().
                 if outbox.cursor == offered and not outbox.splices:
                     try:
                         sent = conn.sock.send(news)
@@ -1453,7 +1455,7 @@ class Reactor:
             # Send now: the selector reports space only when there is much of it.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
-        if self.stall_budget < POLL_SECONDS:  # it is spent
+        if self.stall_budget < POLL_SECONDS:
             for conn in self._lagging():
                 self._drop(conn, "too far behind")
         self.paused = bool(self._lagging())
@@ -1465,7 +1467,7 @@ class Reactor:
         """Once a second: retry what failed, ping, check deadlines."""
         self.tick_at = self.now + TICK_SECONDS
         for listener in self.listeners:
-            self._await_callers(listener)
+            self._register(listener)
         self.limiter.tick()
         pings = self.now >= self.ping_at
         if pings:
@@ -1493,7 +1495,7 @@ class Reactor:
             self.chat.disconnect(conn, "no name in time", "timeout")
 
     # Callers
-    def _await_callers(self, listener: socket.socket) -> None:
+    def _register(self, listener: socket.socket) -> None:
         if listener not in self.selector.get_map():
             try:
                 listener.setblocking(False)
@@ -1508,7 +1510,7 @@ class Reactor:
                 sock, address = listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # no descriptors or memory: the next tick tries again
+            except OSError as error:  # no descriptors, say: the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
@@ -1585,9 +1587,9 @@ class Reactor:
         self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
-        """Handle messages, and feed the protocol once; after a return, input is left."""
+        """Handle messages, and feed the protocol once; `return` keeps them in `with_input`."""
         protocol = conn.protocol
-        budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE  # bytes: what a token buys
+        budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE  # bytes; 0 once fed
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
@@ -1596,7 +1598,8 @@ class Reactor:
                 new = min(conn.unscanned, len(conn.read_buffer))
                 conn.unscanned = 0
                 if not protocol.take_interrupt(conn.read_buffer, new):
-                    return  # else next() disconnects
+                    return
+                # Ctrl-C was found: next() returns DISCONNECT.
             message = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(conn, protocol.replies)
@@ -1607,7 +1610,7 @@ class Reactor:
                     self._evict(conn)  # a proxy may have told another address
             elif conn.read_buffer:
                 if not budget:
-                    return  # was fed already
+                    return
                 data, conn.read_buffer = conn.read_buffer[:budget], conn.read_buffer[budget:]
                 budget = 0
                 self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
@@ -1829,7 +1832,7 @@ class NonBlockingHandler(logging.Handler):
 def start_logging(level: int) -> None:
     """Log to standard error, with the time unless systemd's journal adds it."""
     if sys.stderr is None:
-        return  # its descriptor may be any socket's now
+        return  # descriptor 2 may be a socket now
     handler = NonBlockingHandler(sys.stderr.fileno())
     found = os.fstat(handler.descriptor)
     if os.environ.get("JOURNAL_STREAM") != f"{found.st_dev}:{found.st_ino}":
@@ -1845,7 +1848,7 @@ def stop_on_signals(reactor: Reactor) -> None:
     signal.set_wakeup_fd(writer.detach())  # written to by a signal
 
     def on_signal(signum: int, frame: object) -> None:
-        # SIGHUP may come twice, from shell and system.
+        # SIGHUP may come twice, from shell and kernel.
         if signum in (signal.SIGINT, signal.SIGTERM):
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, signal.SIG_DFL)
@@ -1868,12 +1871,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
-    most = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
-    if most < 1:
+    limit = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
+    if limit < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
     given = {name: value for name, value in vars(options).items() if name in Settings._fields}
-    settings = Settings(**given, password=password, max_connections=most)
+    settings = Settings(**given, password=password, max_connections=limit)
     listeners: dict[socket.socket, type[Protocol]] = {}
     listeners[open_listener(options.host, options.port)] = Telnet
     if not options.no_web:
@@ -1882,7 +1885,7 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [each.getsockname()[1] for each in listeners]
-    about = __version__, os.getpid(), ports, most, vars(options)
+    about = __version__, os.getpid(), ports, limit, vars(options)
     logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *about)
     announce(options.host, ports)
     ok = reactor.run()
@@ -1917,7 +1920,7 @@ def parse_request(head: bytes) -> tuple[str, str, str, dict[str, str]]:
         name, value = name.lower(), value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     host, length = fields.get("host", ""), fields.get("content-length", "")
-    if "," in host + length or not host and request[3] != "0":  # one Host, which 1.1 needs
+    if "," in host + length or (not host and request[3] != "0"):  # one Host, which 1.1 needs
         raise ValueError
     return request[1], urllib.parse.urlsplit(request[2]).path, request[3], fields
 
@@ -2083,7 +2086,7 @@ class Web(Protocol):
         final, opcode = first & FINAL, first & 0x0F
         control = opcode in (CLOSE, PING, PONG)
         expected = TEXT_FRAME if self._message is None else CONTINUATION
-        good = final and size < 126 if control else opcode == expected
+        good = (final and size < 126) if control else opcode == expected
         if not good or first & RESERVED or not data[1] & MASKED:
             return self._end(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
@@ -2115,7 +2118,7 @@ class Web(Protocol):
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame, and read nothing more; code 0 is none.  True, for `_parse_frame`."""
+        """Send a close frame, and read nothing more; code 0 is none.  True: all is parsed."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._state = NOTHING
         return True
@@ -2153,10 +2156,10 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
 
-SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, PROTOCOL = {PROTOCOL_VERSION};' + r"""
+SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, PROTOCOL = {PROTOCOL_VERSION}, LOST_SECONDS = {LOST_SECONDS};' + r"""
 const BLOCK = 6000, BLOCKS = 50;  // characters in a block of lines; blocks that are kept
 const TALK = ["said", "did", "whisper"];
-const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50](?![\p{L}\p{N}_])/iu;
+const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50](?![\p{L}\p{N}_])/iu;  // as PASSWORD_LINE
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
 const LINK =  // it has brackets only in pairs, and does not end with punctuation
@@ -2188,7 +2191,7 @@ let lastDay = new Date().toDateString();
 let following = true, sizes;  // whether the end stays in sight; sizes at that time
 let below = 0;  // new lines below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
-let typed = [""], typedAt = 0;  // the lines entered, and what is typed now; which one is in the input
+let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; the one shown
 let completing = {};  // Tab: the names that fit, and where
 
 // The connection
@@ -2202,7 +2205,7 @@ function connect() {
 function disconnected({ code }) {
   if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
   setPeople([]);
-  if (code !== 1000) {  // 1000: /quit, or the server does not want us back
+  if (code !== 1000) {  // 1000: /quit, or the server closed it for good
     state = "calling";
     setStatus(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
@@ -2236,7 +2239,7 @@ const handlers = {
   },
   error(event) {
     if (state === "calling") {
-      const isRetry = pause !== 1, maybeOurs = Date.now() - awaySince < 150_000;  // ms: LOST_SECONDS and a margin
+      const isRetry = pause !== 1, maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection has it still
       if (isRetry && maybeOurs && event.code === "name_taken") return socket.close();
       loseName();
     }
@@ -2303,7 +2306,7 @@ function pendingOf(line) {  // the event that will come back, if any
   if (/^\s*\/(?!\/)/.test(line)) return [];  // another command
   return [{ type: "said", at, name, text: line.replace(/^\s*\/(\/.*?)\s*$/, "$1") }];
 }
-function confirmPending(event) {  // if the room has changed its text, it is the oldest
+function confirmPending(event) {  // if the server changed its text, it is the oldest
   if (!["said", "did"].includes(event.type) || !isOwn(event)) return;
   const i = pending.findIndex(own => own.text === event.text);
   if (state === "chatting") pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
@@ -2341,15 +2344,16 @@ function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed"
   }
   const size = 50 + (event.text || "").length;  // with its name and time
   queue.push({ ...event, how, size });
-  for (queued += size; queued > BLOCKS * BLOCK;) queued -= queue.shift().size;
+  queued += size;
+  while (queued > BLOCKS * BLOCK) queued -= queue.shift().size;
   paintSoon();
 }
-function soon(what) {  // `what`, once for all calls within 40 ms
+function soon(what) {  // run `what` at most once every 40 ms
   let timer = 0;
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, 40); };
 }
 const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
-function paint() {  // at most one block, so that the page stays responsive
+function paint() {  // at most one block at a time
   scrolled();  // its event may be yet to come
   if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
   while (queue.length && space > 0) {
@@ -2444,7 +2448,7 @@ form.onsubmit = event => {
   else if (!say(input.value)) return;
   input.value = "";
 };
-input.onpaste = event => {  // by itself, an input joins many lines into one
+input.onpaste = event => {  // an input would join the lines into one
   const all = event.clipboardData.getData("text").split(/\r\n?|\n/);
   if (all.length === 1 || !canSay()) return;
   event.preventDefault();
@@ -2464,7 +2468,7 @@ input.onkeydown = event => {
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
 const inputNow = () => `${input.selectionStart} ${input.value}`;
-function complete() {  // put the next name that fits before the cursor; returns whether there is one
+function complete() {  // put the next name that fits before the cursor; false if none
   if (completing.made !== inputNow()) {
     const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
     const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
@@ -2479,7 +2483,7 @@ function complete() {  // put the next name that fits before the cursor; returns
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
-onpagehide = () => socket.close();  // a browser may keep a page that was left, and its connection
+onpagehide = () => socket.close();  // a browser may keep the page, and its connection
 setName(stored.name || "");
 connect();
 """  # noqa: E501
