@@ -157,7 +157,7 @@ LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
-PACE_SECONDS = 0.02  # shortest wait for tokens: many are served together
+PACE_SECONDS = 0.02  # shortest wait for tokens, to serve many together
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
 WINDOW = 1 << 20  # bytes: no log grows beyond it by more than one event
@@ -364,7 +364,7 @@ class Outbox:
 CONNECTED = 1  # a WebSocket is open: greet the person
 TOO_LONG = 2  # a line over LINE_LIMIT, which was dropped
 DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
-REQUESTED = 4  # a browser's request, which is answered next
+REQUESTED = 4  # by a browser: Chat takes `caller` and sets `ban_left`; next() answers
 Message = Union[str, int]
 
 
@@ -379,7 +379,7 @@ class Protocol:
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer's X-Forwarded-For
         self.caller = ""  # the address in it
-        self.ban_left = ""  # set before the response: how long they are still banned
+        self.ban_left = ""  # for how long they are banned, in words
 
     @property
     def opened(self) -> bool:
@@ -402,7 +402,7 @@ class Protocol:
         return False
 
     def close(self, code: str) -> bytes:
-        """The last bytes, after a `closing` event with this code, if there was one."""
+        """The last bytes, after a `closing` event with this code, if any."""
         return b""
 
 
@@ -528,8 +528,8 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        self._position: Position = (b"", b"")  # of `feed`, when tokens allow it
-        self._search_position = self._position  # of the search for Ctrl-C, at once
+        self._position: Position = (b"", b"")  # of `feed`, which waits for tokens
+        self._search_position = self._position  # of the search for Ctrl-C
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -611,8 +611,8 @@ class Telnet(Protocol):
 #                an invalid or taken one               error and prompt; CLOSING after five prompts
 #                banned, full, crowded, HTTP, a line   CLOSING
 #                too long, no name in time
-# both           /quit, Ctrl-C, Ctrl-D, end of stream, CLOSING; if CHATTING, the others are told
-#                kicked, dropped
+# CHATTING       kicked                                CLOSING; the others are told
+# both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
@@ -774,13 +774,13 @@ class Limiter:
     def to_evict(self, person: Person) -> Any:
         """The connection to close first if too many like this are departing; else None."""
         for quota in (self.everyone, person.quota):
-            # More of them than `spare` may stay only in places nobody needs.
+            # They may use `spare` more places than there are, or any free ones.
             if quota.spare and len(quota.departing) > max(quota.spare, quota.free):
-                return max(quota.departing, key=lambda each: each.is_done)  # or the oldest
+                return max(quota.departing, key=lambda each: each.is_done)  # else the oldest
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
-        """Take tokens from a person and from their address."""
+        """Take tokens from a person and their address."""
         if self.settings.rate:
             person.bucket.spend(tokens, self.now)
             person.quota.bucket.spend(tokens, self.now)
@@ -851,15 +851,13 @@ class CommandError(Exception):
         self.code = code
 
 
-# Letters and marks that nobody can see: they could hide one name in another.
+# Invisible letters and marks: they could hide one name in another.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 # "/op" with any kind of slash or letters, also after punctuation, is never said.
-PASSWORD_LINE = re.compile(
-    r"[\W_]*[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*([o\uff4f][p\uff50](?:\W.*|\Z))",
-    re.IGNORECASE | re.DOTALL,
-)
+OP = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"
+PASSWORD_LINE = re.compile(rf"[\W_]*{OP}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
@@ -1076,7 +1074,7 @@ class Chat:
             raise CommandError(text, "too_long")
         password = PASSWORD_LINE.match(line)
         if password:
-            line = f"/{password[1]}"
+            line = f"/op{password[1]}"
         if line.lstrip()[:1] == "/":
             self._run_command(person, line)
         elif line.strip():
@@ -1293,7 +1291,7 @@ class Connection(Person):
         super().__init__(origin, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = 0  # bytes since the last search for Ctrl-C; some may be fed by now
+        self.unscanned = 0  # bytes not searched for Ctrl-C; some may be fed by now
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
@@ -1637,7 +1635,7 @@ class Reactor:
                 if conn.eof:
                     self._close(conn)
                     return
-                # To close with input unread resets the connection (RFC 1122, 4.2.2.13).
+                # Closing with input unread resets the connection (RFC 1122, 4.2.2.13).
                 with suppress(OSError):  # the peer is gone already
                     conn.sock.shutdown(socket.SHUT_WR)
         reads = not conn.eof and len(conn.read_buffer) < READ_AHEAD
@@ -2113,7 +2111,7 @@ class Web(Protocol):
         elif opcode != PONG:
             message = (self._message or b"") + payload
             self._message = None if final else message
-            if final:  # in bytes, only CR and LF end lines, and the last one need not end
+            if final:  # in bytes, only CR and LF end lines; the last needs no end
                 self._lines = deque(line.decode() for line in message.splitlines() or [b""])
         return True
 
@@ -2156,10 +2154,11 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
 
-SCRIPT = f'"use strict";\nconst templates = {json.dumps(TEXT)}, PROTOCOL = {PROTOCOL_VERSION}, LOST_SECONDS = {LOST_SECONDS};' + r"""
-const BLOCK = 6000, BLOCKS = 50;  // characters in a block of lines; blocks that are kept
+SHARED = {"templates": TEXT, "PROTOCOL": PROTOCOL_VERSION, "OP": OP, "LOST_SECONDS": LOST_SECONDS}
+SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
+const BLOCK = 6000, BLOCKS = 50;  // characters in a block; blocks that are kept
 const TALK = ["said", "did", "whisper"];
-const PASSWORD = /^[^\p{L}\p{N}]*[\/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50](?![\p{L}\p{N}_])/iu;  // as PASSWORD_LINE
+const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
 const LINK =  // it has brackets only in pairs, and does not end with punctuation
@@ -2177,8 +2176,8 @@ try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 let state, socket;
 let name, mentionPattern;  // ours; what finds it in a text
 let draft = "";  // what was typed before we lost our name
-let closing;  // the code of the last closing event
-let pause = 1;  // seconds until the next try; it doubles
+let closing;  // the last closing code
+let pause = 1;  // seconds until the next try
 let awaySince = 0;  // when the room was lost
 let room, maxLine;  // of the last greeting
 let lastId;  // the highest one of an event that was shown
@@ -2251,7 +2250,7 @@ const handlers = {
     if (!awaySince) show(event);
     [input.value, draft] = [draft + input.value, ""];
     hideNextPeople = true;
-    socket.send("/who");
+    socket.send("/who");  // which also ends arriving
   },
   history(event) { resume(event.events); },
   joined(event) { people.set(event.name, false); listSoon(); show(event); },
