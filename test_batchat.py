@@ -2811,6 +2811,7 @@ def test_cuts_change_no_line_and_no_answer(data, places):
     *(([b"said\nno" + key + b"no\nno\n"], ["said", DISCONNECT]) for key in QUIT_KEYS),
     ([b"x" * 4096 + b"\n", b"x" * 4097 + b"\nnext\n"], ["x" * 4096, batchat.TOO_LONG, "next"]),
     ([b"a\xc2", b"\xff\xfb\0", b"\xff\xf4b\n"], ["ab"]),  # half a letter, BINARY, the rest
+    ([b"\xe3", b"\x83", b"\xff\xf3\n"], ["\u30dc"]),  # a letter in three reads
 )
 def test_bytes_become_the_lines_typed(reads, lines):
     assert heard(*reads) == lines
@@ -2884,6 +2885,13 @@ def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
     assert protocol.next() == clean(text)
     protocol.feed(b"\xff\xf4")
     assert protocol.take_interrupt(b"", 0)
+
+
+def test_search_for_ctrl_c_goes_on_where_feed_stopped():
+    protocol = Telnet()
+    protocol.feed(b"\xe3\x83")
+    assert not protocol.take_interrupt(b"\xff\xf3", 2)  # the rest of a letter
+    assert protocol.take_interrupt(b"\xff\xf3\xff\xf4", 2)
 
 
 @cases(
