@@ -2063,7 +2063,10 @@ def test_ban_takes_their_lines_out_of_the_history(kept, ann):
     mike, local = kept.join("mike", "2001:db8::5"), kept.join("local")
     mike.types(*["spam" * 1000] * 16)
     local.types("me, too")
-    ann.types("/ban mike", *[LONG] * 16)
+    assert "<mike>" in kept.caller("cy").read()
+    ann.types("/ban mike")
+    assert "<mike>" not in kept.caller("dan").read()
+    ann.types(*[LONG] * 16)
     said = re.findall("<(.*)> (.*)", kept.caller("eve").read())
     assert said == [("ann", "hi"), ("local", "me, too"), *[("ann", LONG)] * 16]
 
