@@ -94,7 +94,7 @@ TEXT = {
 
 # The text of "closing", by its code.
 CLOSING_TEXT = {
-    "banned": "Your address is banned for {duration}.",
+    "banned": "Your address is banned for another {minutes} min.",
     "full": "BATCHAT is full, please try again later.",
     "crowded": "Too many people are here from your address, please try again later.",
     "kicked": "You were kicked by {by}: {text}",
@@ -160,7 +160,7 @@ PROCESS_SECONDS = 0.05  # for processing input in one iteration
 PACE_SECONDS = 0.02  # shortest wait for tokens, to serve many together
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
-WINDOW = 1 << 20  # bytes: no log grows beyond it by more than one event
+WINDOW = 1 << 20  # bytes: no log grows beyond it by more than a few events
 LAG_LIMIT = WINDOW // 2  # bytes: while any reader lags by more, the room is paused
 ITERATION_LIMIT = WINDOW // 2  # new bytes after which an iteration processes no more input
 STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
@@ -182,8 +182,8 @@ PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
 
 # Tokens: an allowance of --rate a second.
 BURST_SECONDS = 5  # of the rate: what can be saved up
-ADDRESS_SHARE = 10  # times a person's rate: everyone from one address together
-LOCALHOST_SHARE = 10  # times an address's rate: everyone from localhost together
+ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
+LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 LINE_TOKENS = 1  # for every line; the others come on top
@@ -364,7 +364,6 @@ class Outbox:
 CONNECTED = 1  # a WebSocket is open: greet the person
 TOO_LONG = 2  # a line over LINE_LIMIT, which was dropped
 DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
-REQUESTED = 4  # by a browser: Chat takes `caller` and sets `ban_left`; next() answers
 Message = Union[str, int]
 
 
@@ -379,7 +378,6 @@ class Protocol:
         self.replies = b""  # what the protocol itself answers
         self.behind_proxy = False  # trust the peer's X-Forwarded-For
         self.caller = ""  # the address in it
-        self.ban_left = ""  # for how long they are banned, in words
 
     @property
     def opened(self) -> bool:
@@ -398,7 +396,10 @@ class Protocol:
         raise NotImplementedError
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        """Obey Ctrl-C in `unfed`, of which the last `new` bytes were not searched yet."""
+        """Obey Ctrl-C in `unfed`, of which the last `new` bytes were not searched yet.
+
+        Returns whether there was one, now or before: then all lines that wait are dropped.
+        """
         return False
 
     def close(self, code: str) -> bytes:
@@ -576,7 +577,7 @@ class Telnet(Protocol):
         if self._key != CTRL_C:
             if not new:
                 return False
-            if new == len(unfed):  # the search starts where `feed` stopped
+            if new == len(unfed):  # nothing of it was searched: start where `feed` stopped
                 self._search_position = self._position
             text, self._search_position, _ = split_commands(unfed[-new:], self._search_position)
             if CTRL_C not in text:
@@ -663,9 +664,9 @@ class TokenBucket:
 class Quota:
     """Connections that are counted together."""
 
-    def __init__(self, limit: int, spare: int) -> None:
+    def __init__(self, limit: int, max_departing: int) -> None:
         self.limit = limit  # 0 is no limit
-        self.spare = spare  # departing connections allowed beyond it; 0 is no limit
+        self.max_departing = max_departing  # 0 is no limit
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: not counted
 
@@ -678,8 +679,8 @@ class Quota:
 class AddressQuota(Quota):
     """That of an address or an IPv6 /64; kept while in use, and until its bucket is full."""
 
-    def __init__(self, key: str, limit: int, spare: int, rate: int) -> None:
-        super().__init__(limit, spare)
+    def __init__(self, key: str, limit: int, max_departing: int, rate: int) -> None:
+        super().__init__(limit, max_departing)
         self.key = key
         self.bucket = TokenBucket(rate)
 
@@ -764,18 +765,16 @@ class Limiter:
             if len(self.quotas) >= ADDRESSES_LIMIT:
                 idle = (old for old, each in self.quotas.items() if not each.connections)
                 self.quotas.pop(next(idle, ""), None)
-            rate, limit = self.settings.rate * ADDRESS_SHARE, self.settings.max_per_address
-            spare = limit
-            if key == LOCALHOST:  # only the departing are limited
-                rate, limit = rate * LOCALHOST_SHARE, 0
-            self.quotas[key] = AddressQuota(key, limit, spare, rate)
+            local, limit = key == LOCALHOST, self.settings.max_per_address
+            rate = self.settings.rate * ADDRESS_FACTOR * (LOCALHOST_FACTOR if local else 1)
+            self.quotas[key] = AddressQuota(key, 0 if local else limit, limit, rate)
         return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
         """The connection to close first if too many like this are departing; else None."""
         for quota in (self.everyone, person.quota):
-            # They may use `spare` more places than there are, or any free ones.
-            if quota.spare and len(quota.departing) > max(quota.spare, quota.free):
+            # They may always be `max_departing`, and more where nobody needs the places.
+            if quota.max_departing and len(quota.departing) > max(quota.max_departing, quota.free):
                 return max(quota.departing, key=lambda each: each.is_done)  # else the oldest
         return None
 
@@ -856,7 +855,7 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 # "/op" with any kind of slash or letters, also after punctuation, is never said.
-OP = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"
+OP = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"  # the page uses it, too
 PASSWORD_LINE = re.compile(rf"[\W_]*{OP}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
@@ -957,6 +956,11 @@ class Chat:
     # Joining and leaving
     def greet(self, person: Person) -> None:
         """Greet a caller and ask for a name, or say why they may not join."""
+        caller = person.protocol.caller
+        if caller:
+            person.origin = f"{caller} through {person.origin}"
+            self.limiter.remove(person)
+            self.limiter.add(person, caller)
         if not self._reject(person):
             fields = {"banner": BANNER, "text": self.settings.welcome, "room": self.room}
             self.send(person, "greeting", protocol=PROTOCOL_VERSION, **fields, max_line=LINE_LIMIT)
@@ -971,19 +975,14 @@ class Chat:
 
     def _reject(self, person: Person) -> bool:
         """Disconnect a caller if they may not join; returns whether it did."""
-        ban = self._ban_left(person)
-        if ban:
+        minutes = self.limiter.banned_minutes(*person.host)
+        if minutes:
             person.rejected = "banned"
         elif 0 < self.settings.max_people <= len(self.people):
             person.rejected = "full"
         if person.rejected:
-            self.disconnect(person, person.rejected, person.rejected, duration=ban)
+            self.disconnect(person, person.rejected, person.rejected, minutes=minutes)
         return bool(person.rejected)
-
-    def _ban_left(self, person: Person) -> str:
-        """How long a caller is still banned, in words; "" if they are not."""
-        minutes = self.limiter.banned_minutes(*person.host)
-        return f"{minutes} more minute" + "s" * (minutes > 1) if minutes else ""
 
     def _join(self, person: Person, text: str) -> None:
         """Let a caller in by the name that they typed; raises CommandError."""
@@ -1003,7 +1002,7 @@ class Chat:
             self.send_raw(person, data)
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
-    def disconnect(self, person: Person, reason: str, code: str = "", **fields: str) -> None:
+    def disconnect(self, person: Person, reason: str, code: str = "", **fields: Any) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
         `reason` is for our own log.  With `code` they read its CLOSING_TEXT, filled with `fields`.
@@ -1041,9 +1040,7 @@ class Chat:
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
-                self.disconnect(person, "closed the connection")
-            elif message is REQUESTED:
-                self._take_request(person)
+                self.disconnect(person, "the connection ended")
             elif person.state is CHATTING:
                 self._take_line(person, message)
             elif message is CONNECTED:
@@ -1058,15 +1055,6 @@ class Chat:
             self.send(person, "error", code=error.code, text=str(error))
             if person.state is AWAITING_NAME:
                 self._ask_for_name(person)
-
-    def _take_request(self, person: Person) -> None:
-        """Before a response: take the caller's address from a proxy, and look for a ban."""
-        caller = person.protocol.caller
-        if caller:
-            person.origin = f"{caller} through {person.origin}"
-            self.limiter.remove(person)
-            self.limiter.add(person, caller)
-        person.protocol.ban_left = self._ban_left(person)
 
     def _take_line(self, person: Person, line: Message) -> None:
         if isinstance(line, int):
@@ -1177,7 +1165,7 @@ class Chat:
         self.disconnect(person, "quit")
 
     @command("// TEXT", "say a line that starts with a slash")
-    def _say(self, person: Person, text: str) -> None:
+    def _say_slash(self, person: Person, text: str) -> None:
         self.publish("said", person, text=text)
 
     @command("/op PASSWORD", "become an operator", operators=True)
@@ -1210,13 +1198,13 @@ class Chat:
         self.disconnect(other, reason, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
-    def _ban(self, person: Person, name: str, duration: str = str(BAN_MINUTES)) -> None:
+    def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
         try:
-            host, other = parse_host(name), None
+            host, other = parse_host(target), None
         except ValueError:
-            if "/" in name:
+            if "/" in target:
                 raise CommandError("A ban takes a name, an address or an IPv6 /64.", "usage")
-            other = self._find(name, former=True)
+            other = self._find(target, former=True)
             host = other.host
         key = self.limiter.counted_as(host)
         minutes = int(duration) if duration.isdecimal() else 0
@@ -1241,23 +1229,23 @@ class Chat:
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
         lines = [
-            f"{name} is banned for another {minutes} min, by {ban.by}."
-            for name, ban in self.limiter.bans.items()
-            if (minutes := self.limiter.banned_minutes(name))
+            f"{key} is banned for another {minutes} min, by {ban.by}."
+            for key, ban in self.limiter.bans.items()
+            if (minutes := self.limiter.banned_minutes(key))
         ]
         for text in lines or ["No address is banned."]:
             self.send(person, "notice", text=text)
 
     @command("/unban ADDRESS", "end a ban", operators=True)
-    def _unban(self, person: Person, text: str) -> None:
+    def _unban(self, person: Person, target: str) -> None:
         ended: list[str] = []
         with suppress(ValueError):  # it is no address
-            ended += [each for each in parse_host(text) if self.limiter.bans.pop(each, None)]
+            ended += [each for each in parse_host(target) if self.limiter.bans.pop(each, None)]
         if not ended:
-            raise CommandError(f"{text} is not banned.")
-        for name in ended:
-            logger.info("%s ended the ban of %s", person.name, name)
-            self.send(person, "notice", text=f"{name} is no longer banned.")
+            raise CommandError(f"{target} is not banned.")
+        for key in ended:
+            logger.info("%s ended the ban of %s", person.name, key)
+            self.send(person, "notice", text=f"{key} is no longer banned.")
 
 
 # ---
@@ -1448,7 +1436,11 @@ class Reactor:
         log.offered = end
 
     def _apply_backpressure(self) -> None:
-        """Pause the room while anybody lags; drop them when the stall budget is spent."""
+        """Pause the room while anybody lags; drop them when the stall budget is spent.
+
+        A blocked reader's cursor keeps the log from being trimmed.  Those over LAG_LIMIT lag: no
+        input is processed (`paused`) until they have caught up, or are dropped.
+        """
         for conn in self._lagging():
             # Send now: the selector reports space only when there is much of it.
             del self.blocked[conn]
@@ -1587,12 +1579,12 @@ class Reactor:
     def _process_input(self, conn: Connection) -> None:
         """Handle messages, and feed the protocol once; `return` keeps them in `with_input`."""
         protocol = conn.protocol
-        budget = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE  # bytes; 0 once fed
+        size, fed = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE, False
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
                 if conn.state is AWAITING_NAME:
-                    return  # Ctrl-C matters only in the room
+                    return  # Ctrl-C waits its turn
                 new = min(conn.unscanned, len(conn.read_buffer))
                 conn.unscanned = 0
                 if not protocol.take_interrupt(conn.read_buffer, new):
@@ -1604,13 +1596,13 @@ class Reactor:
                 protocol.replies = b""
             if message is not None:
                 self.chat.handle(conn, message)
-                if message is REQUESTED:
+                if message is CONNECTED:
                     self._evict(conn)  # a proxy may have told another address
             elif conn.read_buffer:
-                if not budget:
+                if fed:
                     return
-                data, conn.read_buffer = conn.read_buffer[:budget], conn.read_buffer[budget:]
-                budget = 0
+                data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
+                fed = True
                 self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
                 protocol.feed(data)
             elif conn.eof:
@@ -1948,8 +1940,8 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
-# What comes next: the request's head, the answer to it, frames, or nothing.
-HEAD, ANSWER, FRAMES, NOTHING = range(4)
+# What comes next: the request's head, frames, or nothing.
+HEAD, FRAMES, NOTHING = range(3)
 
 
 class Web(Protocol):
@@ -1965,7 +1957,6 @@ class Web(Protocol):
         super().__init__()
         self._state = HEAD
         self._data = b""
-        self._request: tuple[str, str, str, dict[str, str]] = ("", "", "", {})
         self._message: bytes | None = None  # the fragments so far of a message
         self._lines: deque[str] = deque()  # the rest of the last message
 
@@ -1986,8 +1977,6 @@ class Web(Protocol):
             while not self._lines:
                 if self._state is HEAD:
                     return self._parse_head()
-                if self._state is ANSWER:
-                    return self._answer()
                 if self._state is NOTHING:
                     return DISCONNECT
                 if not self._parse_frame():
@@ -2003,7 +1992,7 @@ class Web(Protocol):
         return self.replies
 
     def _parse_head(self) -> Message | None:
-        """Parse the head of the request, if it is complete."""
+        """Parse the head of the request, if it is complete, and answer."""
         self._data = self._data.lstrip(b"\r\n")  # RFC 9112, section 2.2
         head, *rest = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
@@ -2011,17 +2000,12 @@ class Web(Protocol):
         if not rest:
             return DISCONNECT if self.ended else None
         try:
-            *_, fields = self._request = parse_request(head)
+            method, path, minor, fields = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
                 self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # not zones
         except ValueError:
             return self._respond(400)
-        self._state = ANSWER
-        return REQUESTED
-
-    def _answer(self) -> Message:
-        method, path, minor, fields = self._request
         if path not in ("/", "/hello", "/chat"):
             return self._respond(404)
         if method not in ("GET", "HEAD"):
@@ -2030,9 +2014,6 @@ class Web(Protocol):
             return self._upgrade(method, minor, fields)
         if path == "/hello":
             return self._respond(200, body="Hello, World!")
-        if self.ban_left:
-            text = CLOSING_TEXT["banned"].format(duration=self.ban_left)
-            return self._respond(403, body=f"{text}\n")
         return self._respond(200, body=PAGE, kind="html")
 
     def _upgrade(self, method: str, minor: str, fields: dict[str, str]) -> Message:
