@@ -71,7 +71,7 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 """[1:]
 WELCOME = "Welcome to BATCHAT local reviews and chat!"
 
-# How each type of event reads on telnet.  The page uses the same templates.
+# How each type of event reads on telnet.  The page uses nearly all of these templates.
 TEXT = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
@@ -283,7 +283,7 @@ class Outbox:
             self.splices = [(self.cursor, 0, each) for _, _, each in self.splices]
 
     def leave(self) -> None:
-        """Read no further than the log's current end; what is pending stays."""
+        """Read no further than the log's current end; what is pending stays, and may grow."""
         end = self.log.end
         self._splice(end, FOREVER - end, b"")
 
@@ -496,8 +496,9 @@ def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, by
 
     Returns the text, with keys for commands; the position after it; and the replies.
     """
-    before, rest = position
-    data, text, end, rest, replies = rest + data, bytearray(before), 0, b"", bytearray()
+    before, incomplete = position
+    data, rest = incomplete + data, b""
+    text, end, replies = bytearray(before), 0, bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
         end = command.end()
@@ -615,11 +616,12 @@ class Telnet(Protocol):
 # CHATTING       kicked                                CLOSING; the others are told
 # both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
+#                a reset, or no answer to pings        lost (`outbox.write_closed`): what was read
+#                                                      is still said, then CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
 # A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
-# After a reset a person is lost (`outbox.write_closed`): the lines that were read are still said.
 AWAITING_NAME, CHATTING, CLOSING = range(3)
 
 
@@ -672,7 +674,7 @@ class Quota:
 
     @property
     def free(self) -> int:
-        """Free places; negative if over the limit, or without one."""
+        """Free places; negative if there are too many, meaningless without a limit."""
         return self.limit - self.connections + len(self.departing)
 
 
@@ -694,7 +696,10 @@ LOCALHOST = "localhost"
 
 
 class Host(NamedTuple):
-    """Where somebody connects from.  A ban of a `key` holds if `key in host`."""
+    """Where somebody connects from.  A ban of a `key` holds if `key in host`.
+
+    For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
+    """
 
     address: str
     network: str  # the address's IPv6 /64; the address itself, if it has none
@@ -1024,7 +1029,7 @@ class Chat:
         self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=fill(CLOSING_TEXT[code], fields))
-        self.send_raw(person, person.protocol.close(code))
+        self.send_raw(person, person.protocol.close(code))  # even b"" has them reconciled
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
         """Disconnect everyone; nobody reads that the others left."""
