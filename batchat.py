@@ -630,7 +630,7 @@ class Person:
 
     # Limiter.add sets these.
     host: Host
-    quota: AddressQuota
+    quota: Quota
     bucket: TokenBucket
 
     def __init__(self, origin: str, log: Log, now: float) -> None:
@@ -664,11 +664,13 @@ class TokenBucket:
 
 
 class Quota:
-    """Connections that are counted together."""
+    """Connections that are counted together, and the tokens that they share."""
 
-    def __init__(self, limit: int, max_departing: int) -> None:
+    def __init__(self, limit: int, max_departing: int, key: str = "", rate: int = 0) -> None:
         self.limit = limit  # 0 is no limit
         self.max_departing = max_departing  # 0 is no limit
+        self.key = key  # an address or an IPv6 /64; "" for everyone's quota
+        self.bucket = TokenBucket(rate)
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: not counted
 
@@ -676,15 +678,6 @@ class Quota:
     def free(self) -> int:
         """Free places; negative if there are too many, meaningless without a limit."""
         return self.limit - self.connections + len(self.departing)
-
-
-class AddressQuota(Quota):
-    """That of an address or an IPv6 /64; kept while in use, and until its bucket is full."""
-
-    def __init__(self, key: str, limit: int, max_departing: int, rate: int) -> None:
-        super().__init__(limit, max_departing)
-        self.key = key
-        self.bucket = TokenBucket(rate)
 
 
 class Ban(NamedTuple):
@@ -726,7 +719,7 @@ class Limiter:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
         self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
-        self.quotas: dict[str, AddressQuota] = {}  # those who connect are counted by them
+        self.quotas: dict[str, Quota] = {}  # by key; kept while in use, until the bucket is full
         self.bans: dict[str, Ban] = {}  # by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
@@ -764,7 +757,7 @@ class Limiter:
             quota.connections -= 1
             quota.departing.pop(person, None)
 
-    def quota_for(self, key: str) -> AddressQuota:
+    def quota_for(self, key: str) -> Quota:
         """The quota with this key; a new one if it is not known."""
         if key not in self.quotas:
             if len(self.quotas) >= ADDRESSES_LIMIT:
@@ -772,7 +765,7 @@ class Limiter:
                 self.quotas.pop(next(idle, ""), None)
             local, limit = key == LOCALHOST, self.settings.max_per_address
             rate = self.settings.rate * ADDRESS_FACTOR * (LOCALHOST_FACTOR if local else 1)
-            self.quotas[key] = AddressQuota(key, 0 if local else limit, limit, rate)
+            self.quotas[key] = Quota(0 if local else limit, limit, key, rate)
         return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
