@@ -2078,6 +2078,12 @@ def test_localhost_is_never_banned(kept, ann):
     assert mike.state is CHATTING
 
 
+def test_shorter_ban_says_how_long_all_last(kept, ann):
+    kept.join("mike", "203.0.113.5")
+    ann.types("/ban 203.0.113.5 60", "/ban mike 5")
+    assert ann.read().count("banned for 60 min") == 3
+
+
 def test_bans_are_listed_and_ended(kept, ann, caplog):
     """A shorter one does not shorten a longer one; nobody need be connected."""
     caplog.set_level("INFO")
