@@ -71,7 +71,7 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 """[1:]
 WELCOME = "Welcome to BATCHAT local reviews and chat!"
 
-# How each type of event reads on telnet.  The page uses nearly all of these templates.
+# How each type of event reads on telnet.  The page uses these, but for greeting and help.
 TEXT = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
@@ -283,7 +283,7 @@ class Outbox:
             self.splices = [(self.cursor, 0, each) for _, _, each in self.splices]
 
     def leave(self) -> None:
-        """Read no further than the log's current end; what is pending stays, and may grow."""
+        """Read the log no further than to its end now; private bytes may still follow."""
         end = self.log.end
         self._splice(end, FOREVER - end, b"")
 
@@ -616,13 +616,14 @@ class Telnet(Protocol):
 # CHATTING       kicked                                CLOSING; the others are told
 # both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
-#                a reset, or no answer to pings        lost (`outbox.write_closed`): what was read
-#                                                      is still said, then CLOSING
+#                a reset with input waiting, or no     lost (`outbox.write_closed`): that input is
+#                answer to pings                       still said, then CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
 # A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
 AWAITING_NAME, CHATTING, CLOSING = range(3)
+NEVER = float("inf")
 
 
 class Person:
@@ -638,12 +639,23 @@ class Person:
         self.protocol = log.protocol()
         self.outbox = Outbox(log)
         self.state = AWAITING_NAME
-        self.timer_start = now  # when they connected, were lost or began to close: see deadline
+        self.timer_start = now  # when they connected, were lost or began to close
         self.rejected = ""  # the code of the reason why they may not join
         self.name = ""
         self.asked = 0  # prompts for a name so far
         self.operator = False
         self.virtual_time = 0.0  # input is processed in its order (fair queueing)
+
+    @property
+    def deadline(self) -> float:
+        """When this state ends at the latest."""
+        if self.state is CLOSING:
+            return self.timer_start + (REJECTED_SECONDS if self.rejected else CLOSING_SECONDS)
+        if self.outbox.write_closed:
+            return self.timer_start + LOST_SECONDS
+        if self.state is CHATTING:
+            return NEVER
+        return self.timer_start + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
 
     @property
     def is_done(self) -> bool:
@@ -1249,7 +1261,6 @@ class Chat:
 # ---
 # 7. Reactor
 
-NEVER = float("inf")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 SOCKET_OPTIONS = [
     (socket.SOL_SOCKET if name[:3] == "SO_" else socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -1281,16 +1292,6 @@ class Connection(Person):
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.unanswered = 0  # pings since they sent anything
-
-    @property
-    def deadline(self) -> float:
-        if self.state is CLOSING:
-            return self.timer_start + (REJECTED_SECONDS if self.rejected else CLOSING_SECONDS)
-        if self.outbox.write_closed:
-            return self.timer_start + LOST_SECONDS
-        if self.state is CHATTING:
-            return NEVER
-        return self.timer_start + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
 
 
 class Reactor:
@@ -2407,7 +2408,10 @@ const canSay = () => ["naming", "chatting"].includes(state);
 function say(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
-  if (bytes > maxLine) return setStatus(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
+  if (bytes > maxLine) {
+    setStatus(`Not sent: ${bytes} bytes, and a line has at most ${maxLine}.`);
+    return false;
+  }
   socket.send(line);
   if (state !== "chatting") return true;
   const kept = PASSWORD.test(line) ? [] : [line];
@@ -2457,7 +2461,8 @@ function complete() {  // put the next name that fits before the cursor; false i
   if (!next) return false;
   input.setRangeText(next + (from ? " " : ": "), from, input.selectionStart, "end");
   completing.made = inputNow();
-  return found.push(next);  // for the next round
+  found.push(next);  // for the next round
+  return true;
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
