@@ -210,7 +210,7 @@ class Settings(NamedTuple):
     rate: int = 10  # lines a second from one person
     max_people: int = 0  # in the room
     max_per_address: int = 100  # connections
-    history: int = 0  # lines
+    history: int = 0  # lines; 0 keeps none
     welcome: str = WELCOME
     password: str = ""  # of the operators; without one, there are none
     behind_proxy: bool = False  # trust X-Forwarded-For of callers from localhost
@@ -473,7 +473,7 @@ KEYS = {
 Position = Tuple[bytes, bytes]
 # The beginning of a character in UTF-8.
 UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
-# These telnets drop byte 85 (Ctrl-E).  This finds characters that lost it:
+# These telnets drop byte 0x85 (Ctrl-E).  This finds characters that lost it:
 SWALLOWED = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
         | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or Thai letter
@@ -563,7 +563,7 @@ class Telnet(Protocol):
         self._after_cr = data.endswith(b"\r")
         if self._asked and data.count(b"\n") > data.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
-        # A line ends with CR LF, CR NUL, or CR alone (RFC 854, pages 11 and 12).
+        # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
         plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += plain.replace(b"\r", b"\n")
         if len(plain) < len(data) and not self._text.isascii():  # probably a telnet
@@ -616,8 +616,8 @@ class Telnet(Protocol):
 # CHATTING       kicked                                CLOSING; the others are told
 # both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
-#                a reset with input waiting, or no     lost (`outbox.write_closed`): that input is
-#                answer to pings                       still said, then CLOSING
+#                a send fails, no answer to pings, or  lost (`outbox.write_closed`): the input is
+#                a reset while input waits             still said, then CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
