@@ -484,11 +484,12 @@ SWALLOWED = re.compile(
 
 def decode_line(line: bytes) -> str:
     """A line of UTF-8, with missing bytes put back; U+FFFD stands for broken ones."""
-    with suppress(UnicodeDecodeError):
+    try:
         return line.decode()
-    with suppress(UnicodeDecodeError):
-        return SWALLOWED.sub(b"\\1\x85", line).decode()
-    return line.decode("utf-8", "replace")
+    except UnicodeDecodeError:
+        with suppress(UnicodeDecodeError):
+            return SWALLOWED.sub(b"\\1\x85", line).decode()
+        return line.decode("utf-8", "replace")
 
 
 def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, bytes]:
