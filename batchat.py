@@ -2363,7 +2363,7 @@ function paragraph(event) {
   if (how === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }
-const hueOf = one => [...one].reduce((hue, letter) => (hue * 31 + letter.codePointAt() * 137) % 360, 0);
+const hueOf = one => [...one].reduce((hue, letter) => (hue * 59 + letter.codePointAt() * 61) % 360, 0);
 const nameElement = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
 const renderers = {  // how to show those that are not just text
   name: nameElement, to: nameElement, from: nameElement, by: nameElement,
