@@ -968,7 +968,7 @@ class Chat:
     def greet(self, person: Person) -> None:
         """Greet a caller and ask for a name, or say why they may not join."""
         caller = person.protocol.caller
-        if caller:
+        if caller:  # a proxy told it: they are counted by it from now on
             person.origin = f"{caller} through {person.origin}"
             self.limiter.remove(person)
             self.limiter.add(person, caller)
@@ -2003,7 +2003,8 @@ class Web(Protocol):
             method, path, minor, fields = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
-                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))  # not zones
+                # An address with a zone (%eth0) is refused: with a space it is none.
+                self.caller = str(ipaddress.ip_address(nearest.replace("%", " ")))
         except ValueError:
             return self._respond(400)
         if path not in ("/", "/hello", "/chat"):
@@ -2011,13 +2012,13 @@ class Web(Protocol):
         if method not in ("GET", "HEAD"):
             return self._respond(405, "Allow: GET, HEAD")
         if path == "/chat":
-            return self._upgrade(method, minor, fields)
+            return self._upgrade(method, minor, fields, rest[0])
         if path == "/hello":
             return self._respond(200, body="Hello, World!")
         return self._respond(200, body=PAGE, kind="html")
 
-    def _upgrade(self, method: str, minor: str, fields: dict[str, str]) -> Message:
-        """Open a WebSocket (RFC 6455, section 4.2)."""
+    def _upgrade(self, method: str, minor: str, fields: dict[str, str], rest: bytes) -> Message:
+        """Open a WebSocket (RFC 6455, section 4.2); `rest` came after the head."""
         for header in UPGRADE_HEADERS:
             name, wanted = header.lower().split(": ")
             if wanted not in [each.strip() for each in fields.get(name, "").lower().split(",")]:
@@ -2032,7 +2033,7 @@ class Web(Protocol):
         accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
         lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
         self.replies += "\r\n".join(lines).encode()
-        self._state, self._data = FRAMES, HEAD_END.split(self._data, 1)[1]
+        self._state, self._data = FRAMES, rest
         return CONNECTED
 
     def _respond(self, code: int, *more: str, body: str = "", kind: str = "plain") -> int:
