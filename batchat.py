@@ -122,14 +122,7 @@ def text_of(event: Event) -> str:
         since = template.format(since=local_time(event["events"][0]["at"]))
         lines = [f"{local_time(each['at'])[-5:]} {text_of(each)}" for each in event["events"]]
         return "".join([since, *lines, TEXT["history_end"]])
-    return fill(template, event)
-
-
-def fill(template: str, fields: Event) -> str:
-    """A template with its fields; an empty text drops its colon."""
-    if fields.get("text") == "":
-        template = template.replace(": {text}", "")
-    return template.format_map(fields)
+    return template.format_map(event)
 
 
 def local_time(at: int) -> str:
@@ -1034,7 +1027,7 @@ class Chat:
         person.timer_start = self.limiter.now
         self.limiter.mark_departing(person)
         if code and person.protocol.opened:
-            self.send(person, "closing", code=code, text=fill(CLOSING_TEXT[code], fields))
+            self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
         self.send_raw(person, person.protocol.close(code))  # even b"" has them reconciled
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
@@ -1196,7 +1189,7 @@ class Chat:
         raise CommandError("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
-    def _kick(self, person: Person, name: str, why: str = "") -> None:
+    def _kick(self, person: Person, name: str, why: str = "no reason given") -> None:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise CommandError(f"{name} has left already.")
@@ -2354,10 +2347,8 @@ function paint() {  // at most one block at a time
 function paragraph(event) {
   const { type, how } = event, own = TALK.includes(type) && isOwn(event) && "own";
   const className = [type, how, own, isMention(event) && "mention"].filter(Boolean).join(" ");
-  const parts = templates[type].flatMap((part, i, all) => {  // an empty field drops its colon
-    if (i % 2) return renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part])));
-    return event[all[i + 1]] === "" ? part.replace(": ", "") : part;
-  });
+  const parts = templates[type].flatMap((part, i) =>
+    i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part]))) : part);
   const date = dateOf(event), dateTime = date.toISOString();
   const timed = !["greeting", "prompt", "gap"].includes(type);
   if (timed) parts.unshift(element("time", { dateTime }, date.toTimeString().slice(0, 5)));
