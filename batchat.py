@@ -159,7 +159,7 @@ ITERATION_LIMIT = WINDOW // 2  # new bytes after which an iteration processes no
 STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
 STALL_RECOVERY = 0.2  # seconds regained per second without a pause
 POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
-SPLICE_SIZE = 128  # bytes: what a splice adds to a lag; adjacent ones are merged up to it
+SPLICE_SIZE = 128  # bytes: what a splice adds to a lag
 WHISPER_LIMIT = 64 << 10  # private bytes pending: with more, nobody whispers to a person
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending: with more, their own input waits
 
@@ -247,16 +247,16 @@ class Log:
 class Outbox:
     """What one person still has to be sent: a cursor into the log, and splices.
 
-    A splice `(offset, exclude, private)` says: at that offset of the log, insert the bytes
-    `private` (a reply to this person), then leave out `exclude` bytes (their own line).  With the
-    cursor at 100 and the splice (150, 20, b"hi"), log[100:150] is sent, then hi, then the log from
-    170 on.  Splices are in order.  Outside the room the cursor is FOREVER.
+    A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
+    (a reply to this person), then go on at `resume` (after their own line).  With the cursor at
+    100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
+    Splices are in order.  Outside the room the cursor is FOREVER.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
-        self.splices: list[tuple[int, int, bytes]] = []
+        self.splices: deque[tuple[int, bytes, int]] = deque()
         self.private_bytes = 0  # in all splices
         self.write_closed = False  # the connection is lost: nothing can be sent any more
 
@@ -272,13 +272,12 @@ class Outbox:
     def join(self) -> None:
         """Read the log from its end on; private bytes that are pending come first."""
         if not self.write_closed:
-            self.cursor = self.log.end
-            self.splices = [(self.cursor, 0, each) for _, _, each in self.splices]
+            self.cursor = end = self.log.end
+            self.splices = deque((end, private, end) for _, private, _ in self.splices)
 
     def leave(self) -> None:
         """Read the log no further than to its end now; private bytes may still follow."""
-        end = self.log.end
-        self._splice(end, FOREVER - end, b"")
+        self._splice(self.log.end, b"", FOREVER)
 
     def close_writes(self) -> None:
         """Drop everything pending, and take nothing more."""
@@ -290,30 +289,18 @@ class Outbox:
     def insert(self, data: bytes) -> None:
         """Send `data` to this person only, after everything in the log so far."""
         if data:
-            self._splice(max(self._last, self.log.end), 0, data)
+            last = self.splices[-1][2] if self.splices else self.cursor
+            at = max(last, self.log.end)
+            self._splice(at, data, at)
 
     def exclude_newest(self) -> None:
         """Leave out the last event of the log."""
-        newest = self.log.newest
-        self._splice(newest, self.log.end - newest, b"")
+        self._splice(self.log.newest, b"", self.log.end)
 
-    @property
-    def _last(self) -> int:
-        """Where the last splice ends: from there on, the whole log is sent."""
-        if not self.splices:
-            return self.cursor
-        offset, exclude, _ = self.splices[-1]
-        return offset + exclude
-
-    def _splice(self, offset: int, exclude: int, private: bytes) -> None:
-        if self.write_closed:
-            return
-        self.private_bytes += len(private)
-        adjacent = self.splices and offset == self._last
-        if adjacent and len(self.splices[-1][2]) + len(private) <= SPLICE_SIZE:
-            offset, excluded, earlier = self.splices.pop()
-            exclude, private = excluded + exclude, earlier + private
-        self.splices.append((offset, exclude, private))
+    def _splice(self, offset: int, private: bytes, resume: int) -> None:
+        if not self.write_closed:
+            self.private_bytes += len(private)
+            self.splices.append((offset, private, resume))
 
     def unsent(self) -> memoryview:
         """Everything pending, in order.  Release it before the log grows."""
@@ -322,31 +309,23 @@ class Outbox:
             return memoryview(log.data)[cursor - log.start :]
         with memoryview(log.data) as view:
             pieces: list[bytes | memoryview] = []
-            for offset, exclude, private in self.splices:
+            for offset, private, resume in self.splices:
                 pieces += (view[cursor - log.start : offset - log.start], private)
-                cursor = offset + exclude
+                cursor = resume
             pieces.append(view[cursor - log.start :])
             return memoryview(b"".join(pieces))
 
     def advance(self, sent: int) -> None:
-        """Record that `sent` bytes were sent: log up to a splice, its private bytes, and so on.
-
-        Of a splice that was sent in part, the rest of its private bytes stays, at the cursor.
-        """
-        done = 0
-        for offset, exclude, private in self.splices:
-            if sent < offset - self.cursor:
-                break  # within a piece of the log
+        """Record that `sent` bytes were sent: log up to a splice, its private bytes, and so on."""
+        while self.splices and sent >= self.splices[0][0] - self.cursor:
+            offset, private, resume = self.splices.popleft()
             sent -= offset - self.cursor
-            self.cursor = offset + exclude  # excluded bytes count as sent
-            taken = min(sent, len(private))
-            self.private_bytes -= taken
-            sent -= taken
-            if taken < len(private):
-                self.splices[done] = (self.cursor, 0, private[taken:])
-                break
-            done += 1
-        del self.splices[:done]
+            self.cursor = resume
+            self.private_bytes -= min(sent, len(private))
+            if sent < len(private):
+                self.splices.appendleft((resume, private[sent:], resume))
+                return
+            sent -= len(private)
         self.cursor += sent
 
 

@@ -1379,19 +1379,6 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
     assert not any([*(each.has_pending for each in outboxes), log.data])
 
 
-def test_short_splices_are_merged():
-    log = batchat.Log(Telnet)
-    outbox = batchat.Outbox(log)
-    outbox.join()
-    for _ in range(1000):  # their own lines
-        log.append(b"own")
-        outbox.exclude_newest()
-    assert len(outbox.splices) == 1
-    for private in [b"x" * 16] * 100 + [LONG.encode()]:
-        outbox.insert(private)
-    assert [len(private) for _, _, private in outbox.splices] == [*[128] * 12, 64, 4000]
-
-
 def test_line_encoded_once_per_format(room, monkeypatch):
     for protocol in (Telnet, Web):
         monkeypatch.setattr(protocol, "encode", mock.Mock(side_effect=protocol.encode))
@@ -1879,7 +1866,7 @@ def test_newcomers_share_the_bytes_of_history(worlds):
     for each in crowd:
         each.accepts(0)
     world.wait()
-    private = {id(data): data for p in crowd for _, _, data in p.connection.outbox.splices}
+    private = {id(data): data for p in crowd for _, data, _ in p.connection.outbox.splices}
     assert 64_000 < sum(map(len, private.values())) < 70_000 + 20 * 1000
     pairs = [(world.joins(f"talker{n}"), world.calls()) for n in range(30)]
     world.wait()
