@@ -170,7 +170,7 @@ READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 OWN_DESCRIPTORS = 16  # log, signals and so on
-SPARE_CONNECTIONS = 16  # for callers who find the server full
+SPARE_CONNECTIONS = 16  # for departing ones, where all places are taken
 PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
 
 # Tokens: an allowance of --rate a second.
@@ -637,31 +637,28 @@ class Person:
 
 
 class TokenBucket:
-    """Gains `rate` tokens a second, up to BURST_SECONDS' worth; 0: no limit.  May be overspent."""
+    """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent."""
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
         self.ready_at: float = -BURST_SECONDS  # when it is no longer overspent
 
     def spend(self, tokens: float, now: float) -> None:
-        if self.rate:
-            self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
+        self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
 
 
 class Quota:
     """Connections that are counted together, and the tokens that they share."""
 
-    def __init__(self, limit: int, max_departing: int, key: str = "", rate: int = 0) -> None:
+    def __init__(self, limit: int, rate: int = 0) -> None:
         self.limit = limit  # 0 is no limit
-        self.max_departing = max_departing  # 0 is no limit
-        self.key = key  # an address or an IPv6 /64; "" for everyone's quota
         self.bucket = TokenBucket(rate)
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: not counted
 
     @property
     def free(self) -> int:
-        """Free places; negative if there are too many, meaningless without a limit."""
+        """Free places; negative if there are too many, or no limit."""
         return self.limit - self.connections + len(self.departing)
 
 
@@ -703,7 +700,7 @@ class Limiter:
     def __init__(self, settings: Settings, now: float) -> None:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
-        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
+        self.everyone = Quota(settings.max_connections)
         self.quotas: dict[str, Quota] = {}  # by key; kept while in use, until the bucket is full
         self.bans: dict[str, Ban] = {}  # by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
@@ -748,16 +745,16 @@ class Limiter:
             if len(self.quotas) >= ADDRESSES_LIMIT:
                 idle = (old for old, each in self.quotas.items() if not each.connections)
                 self.quotas.pop(next(idle, ""), None)
-            local, limit = key == LOCALHOST, self.settings.max_per_address
-            rate = self.settings.rate * ADDRESS_FACTOR * (LOCALHOST_FACTOR if local else 1)
-            self.quotas[key] = Quota(0 if local else limit, limit, key, rate)
+            limit, rate = self.settings.max_per_address, self.settings.rate * ADDRESS_FACTOR
+            if key == LOCALHOST:
+                limit, rate = 0, rate * LOCALHOST_FACTOR
+            self.quotas[key] = Quota(limit, rate)
         return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
         """The connection to close first if too many like this are departing; else None."""
         for quota in (self.everyone, person.quota):
-            # They may always be `max_departing`, and more where nobody needs the places.
-            if quota.max_departing and len(quota.departing) > max(quota.max_departing, quota.free):
+            if len(quota.departing) > max(SPARE_CONNECTIONS, quota.free):
                 return max(quota.departing, key=lambda each: each.is_done)  # else the oldest
         return None
 
@@ -1160,7 +1157,7 @@ class Chat:
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS)
-        now, key = self.limiter.now, person.quota.key
+        now, key = self.limiter.now, self.limiter.counted_as(person.host)
         self._wrong.append((now, key))
         wrong = sum(now - at < REMEMBERED_SECONDS and each == key for at, each in self._wrong)
         if wrong == WRONG_PASSWORDS_WARNED:
@@ -1495,7 +1492,7 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        protocol.behind_proxy = self.settings.behind_proxy and conn.quota.key == LOCALHOST
+        protocol.behind_proxy = self.settings.behind_proxy and conn.host.address == LOCALHOST
         if protocol.opened:
             self.chat.greet(conn)
         self._reconcile(conn)

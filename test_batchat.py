@@ -727,8 +727,6 @@ class Peer:
         world, sock = self.world, self.sock
         over = world.now > self.connection.deadline - 1e-6
         crowd = sum(each.departs for each in world.open)
-        per_address = world.settings.max_per_address or batchat.NEVER
-        spare = min(batchat.SPARE_CONNECTIONS, per_address)
         return {
             os.strerror(self.broken): sock.error_seen and self.broken != 0,
             os.strerror(sock.failed): sock.failed > 0,
@@ -736,7 +734,7 @@ class Peer:
             "lost": over and (sock.error_seen or self.stage == "closing"),
             "no name in time": over and not sock.error_seen,
             "too far behind": self.connection.outbox.lag > batchat.LAG_LIMIT,
-            "too many connections": self.departs and crowd > spare,
+            "too many connections": self.departs and crowd > batchat.SPARE_CONNECTIONS,
             "shutdown": world.reactor.ends_at != NEVER,
         }
 
@@ -956,7 +954,7 @@ class WatchedChat(Chat):
         assert not world.was_paused or message is DISCONNECT
         self.speaker = peer
         world.work += 1
-        world.spent.update([peer, person.quota.key])
+        world.spent.update([peer, self.limiter.counted_as(person.host)])
         peer.messages.append(message)
         peer.waited = 0
         ignore = re.fullmatch(r"/ignore (\w+)", message) if isinstance(message, str) else None
@@ -1127,7 +1125,7 @@ class World:
             assert (quota.connections, {*quota.departing}) == (len(here), departing)
             if quota.limit:
                 assert len(here) - len(departing) <= quota.limit
-                assert len(here) <= quota.limit + quota.max_departing + 1
+                assert len(here) <= quota.limit + batchat.SPARE_CONNECTIONS + 1
         for who, tokens in self.spent.items() if rate else ():
             share = 1 if isinstance(who, Peer) else batchat.ADDRESS_FACTOR
             share *= batchat.LOCALHOST_FACTOR if who == batchat.LOCALHOST else 1
@@ -2174,7 +2172,7 @@ def test_ban_in_our_own_network(kept, ann):
     kept.limiter.remove(gone)
     kept.wait(20)
     kept.limiter.add(behind_proxy, "2001:db8::5")
-    assert behind_proxy.quota.key == "2001:db8::5"
+    assert kept.limiter.counted_as(behind_proxy.host) == "2001:db8::5"
     ann.types("/unban 2001:db8::5")
     ann.expect("* 2001:db8::/64 is no longer banned.\n")
     for line, banned in [("/ban 2001:DB8::5", [0, 60, 60]), ("/unban 2001:DB8::5", [0, 0, 0]),
@@ -2966,7 +2964,7 @@ def test_ipv6_64_counts_as_one_address(room, host, ours, group):
     """But in our own network, each address does."""
     person = batchat.Person("", room.chat.logs[Telnet], 0.0)
     room.limiter.add(person, host, ours)
-    assert person.quota.key == group
+    assert [*room.limiter.quotas] == [group]
 
 
 def test_table_of_addresses_is_bounded(room, monkeypatch):
@@ -3050,8 +3048,8 @@ def test_where_it_is_full_callers_are_rejected(worlds, limits, host, text):
 @cases(
     "limits, protocol, host, most",
     ({"max_connections": 10}, Telnet, "198.51.100.9", 10 + 16),
-    ({"per_address": 10}, Telnet, "203.0.113.5", 10 + 10),
-    ({"per_address": 10, "behind_proxy": True}, Web, "for 203.0.113.5", 10 + 10),
+    ({"per_address": 10}, Telnet, "203.0.113.5", 10 + 16),
+    ({"per_address": 10, "behind_proxy": True}, Web, "for 203.0.113.5", 10 + 16),
 )
 def test_rejected_callers_take_no_place(worlds, limits, protocol, host, most):
     """They are few at a time, each for a second.  Nobody else is closed for them."""
