@@ -687,7 +687,7 @@ def parse_host(text: str) -> Host:
     address = ipaddress.ip_address(address_text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     name = network = LOCALHOST if address.is_loopback else str(address)
-    if address.version == 6 and not address.is_loopback and not address.is_link_local:
+    if address.version == 6 and not address.is_loopback:
         network = str(ipaddress.ip_network((address, 64), strict=False))
     if bits and (bits != "64" or network == name):
         raise ValueError(text)
@@ -705,20 +705,15 @@ class Limiter:
         self.bans: dict[str, Ban] = {}  # by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
-    def add(self, person: Person, peer: str, ours: str = "") -> None:
-        """Count a connection; where there are too many, the person is rejected.
-
-        `peer` and `ours` are the addresses of its two ends; a proxy hides ours.
-        """
-        person.host = parse_host(peer)
-        if ours:
-            self.own_networks.add(parse_host(ours).network)
+    def add(self, person: Person, address: str) -> None:
+        """Count a connection from an address; where there are too many, it is rejected."""
+        person.host = parse_host(address)
         person.quota = self.quota_for(self.counted_as(person.host))
         person.bucket = TokenBucket(self.settings.rate)
-        for quota, code in ((self.everyone, "full"), (person.quota, "crowded")):
+        for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
             quota.connections += 1
             if quota.limit and quota.free < 0:
-                person.rejected = person.rejected or code
+                person.rejected = code
         if person.rejected or person.outbox.write_closed:
             self.mark_departing(person)
         if self.settings.rate:
@@ -1480,10 +1475,9 @@ class Reactor:
             log = self.chat.logs[self.listeners[listener]]
             conn = Connection(sock, origin, log, self.now)
             self.connections[conn] = None
-            ours = ""
             with suppress(OSError):  # the caller is gone again
-                ours = sock.getsockname()[0]
-            self.limiter.add(conn, host, ours)
+                self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
+            self.limiter.add(conn, host)
             self._guard(self._admit, conn)
 
     def _admit(self, conn: Connection) -> None:

@@ -2167,8 +2167,9 @@ def test_ban_in_our_own_network(kept, ann):
     ann.types("/ban 2001:db8::5")
     ann.expect("* 2001:db8::/64 is banned for 60 min; still here from there: 0.\n")
     here, gone, behind_proxy = [batchat.Person("", kept.chat.logs[Telnet], 0.0) for _ in "123"]
-    kept.limiter.add(gone, "2001:db8::5", "2001:db8::1")
-    kept.limiter.add(here, "2001:db8::6", "2001:db8::1")
+    kept.limiter.own_networks.add("2001:db8::/64")
+    kept.limiter.add(gone, "2001:db8::5")
+    kept.limiter.add(here, "2001:db8::6")
     kept.limiter.remove(gone)
     kept.wait(20)
     kept.limiter.add(behind_proxy, "2001:db8::5")
@@ -2184,8 +2185,7 @@ def test_ban_in_our_own_network(kept, ann):
 
 def test_ban_in_our_own_network_spares_the_others(kept, ann):
     """What they said, too."""
-    first = batchat.Person("", kept.chat.logs[Telnet], 0.0)
-    kept.limiter.add(first, "2001:db8::4", "2001:db8::1")
+    kept.limiter.own_networks.add("2001:db8::/64")
     for name, host in ("bob", "2001:db8::5"), ("cy", "2001:db8::6"):
         kept.join(name, host).types("hi")
     ann.types("/ban bob")
@@ -2956,14 +2956,15 @@ def test_nothing_is_kept_of_people_who_left(room):
     *[(host, "", "2001:db8::/64") for host in ("2001:db8::1", "2001:db8::ffff:2%eth0")],
     *[("2001:db8:0:1::1", "", "2001:db8:0:1::/64"), ("::ffff:192.0.2.1", "", "192.0.2.1")],
     *[(host, "", "localhost") for host in ("127.0.0.1", "::1", "::ffff:127.1.2.3")],
-    *[("2001:db8::7", "2001:db8::1", "2001:db8::7"), ("fe80::7%eth0", "", "fe80::7")],
+    *[("2001:db8::7", "2001:db8::1", "2001:db8::7"), ("fe80::7%eth0", "fe80::1%eth0", "fe80::7")],
     ("2001:db8::7", "2001:db8:0:1::1", "2001:db8::/64"),
     *[("203.0.113.5", ours, "203.0.113.5") for ours in ("203.0.113.1", "fe80::1%eth0")],
 )
 def test_ipv6_64_counts_as_one_address(room, host, ours, group):
     """But in our own network, each address does."""
     person = batchat.Person("", room.chat.logs[Telnet], 0.0)
-    room.limiter.add(person, host, ours)
+    room.limiter.own_networks = {batchat.parse_host(ours).network} if ours else set()
+    room.limiter.add(person, host)
     assert [*room.limiter.quotas] == [group]
 
 
