@@ -662,11 +662,6 @@ class Quota:
         return self.limit - self.connections + len(self.departing)
 
 
-class Ban(NamedTuple):
-    until: float
-    by: str
-
-
 LOCALHOST = "localhost"
 
 
@@ -702,7 +697,7 @@ class Limiter:
         self.settings = settings
         self.everyone = Quota(settings.max_connections)
         self.quotas: dict[str, Quota] = {}  # by key; kept while in use, until the bucket is full
-        self.bans: dict[str, Ban] = {}  # by address or /64
+        self.bans: dict[str, float] = {}  # until when, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
     def add(self, person: Person, address: str) -> None:
@@ -771,17 +766,16 @@ class Limiter:
             full_at = quota.bucket.ready_at + BURST_SECONDS
             if full_at <= self.now and not quota.connections:
                 del self.quotas[key]
-        self.bans = {key: ban for key, ban in self.bans.items() if ban.until > self.now}
+        self.bans = {key: until for key, until in self.bans.items() if until > self.now}
 
-    def ban(self, key: str, minutes: int, by: str) -> None:
+    def ban(self, key: str, minutes: int) -> None:
         """Ban an address or a /64; a longer ban stays as it is."""
-        ban = Ban(self.now + 60 * minutes, by)
-        self.bans[key] = max(ban, self.bans.get(key, ban))  # by `until`
+        self.bans[key] = max(self.now + 60 * minutes, self.bans.get(key, 0))
 
     def banned_minutes(self, *keys: str) -> int:
         """For how long any of these is still banned; 0 if none is."""
-        until = max((self.bans[each].until for each in keys if each in self.bans), default=0)
-        return max(0, math.ceil((until - self.now) / 60 - 1e-6))  # rounding adds no minute
+        until = max(self.now, *(self.bans.get(key, 0) for key in keys))
+        return math.ceil((until - self.now) / 60 - 1e-6)  # rounding adds no minute
 
 
 # ---
@@ -1192,7 +1186,7 @@ class Chat:
         if key not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         self.history.forget(key)
-        self.limiter.ban(key, minutes, person.name)
+        self.limiter.ban(key, minutes)
         minutes = self.limiter.banned_minutes(key)
         if other and other.state is CHATTING:
             self._kick_out(other, person, f"banned for {minutes} min")
@@ -1204,8 +1198,8 @@ class Chat:
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
         lines = [
-            f"{key} is banned for another {minutes} min, by {ban.by}."
-            for key, ban in self.limiter.bans.items()
+            f"{key} is banned for another {minutes} min."
+            for key in self.limiter.bans
             if (minutes := self.limiter.banned_minutes(key))
         ]
         for text in lines or ["No address is banned."]:

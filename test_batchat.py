@@ -2083,10 +2083,10 @@ def test_bans_are_listed_and_ended(kept, ann, caplog):
     kept.wait(60)
     kept.limiter.tick()
     ann.types("/bans", "/unban 203.0.113.0", "/unban 2001:db8::/64", "/bans")
-    one = "* 203.0.113.1 is banned for another 59 min, by ann.\n"
+    one = "* 203.0.113.1 is banned for another 59 min.\n"
     ann.expect(
-        f"* 203.0.113.0 is banned for another 59 min, by ann.\n{one}"
-        "* 2001:db8::/64 is banned for another 499 min, by ann.\n"
+        f"* 203.0.113.0 is banned for another 59 min.\n{one}"
+        "* 2001:db8::/64 is banned for another 499 min.\n"
         f"* 203.0.113.0 is no longer banned.\n* 2001:db8::/64 is no longer banned.\n{one}"
     )
     kept.limiter.now += 3600  # and no tick yet
@@ -2152,9 +2152,9 @@ def test_ban_takes_an_address(kept, ann):
         "* Nobody here is called 1.2.3.\n"
         + "* A ban takes a name, an address or an IPv6 /64.\n" * 2 +
         "* 2001:db8:1::/64 is banned for 9 min; still here from there: 0.\n"
-        "* 203.0.113.5 is banned for another 5 min, by ann.\n"
-        "* 2001:db8::/64 is banned for another 60 min, by ann.\n"
-        "* 2001:db8:1::/64 is banned for another 9 min, by ann.\n"
+        "* 203.0.113.5 is banned for another 5 min.\n"
+        "* 2001:db8::/64 is banned for another 60 min.\n"
+        "* 2001:db8:1::/64 is banned for another 9 min.\n"
     )
     assert eve.state is CHATTING
 
