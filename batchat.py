@@ -153,9 +153,9 @@ PROCESS_SECONDS = 0.05  # for processing input in one iteration
 PACE_SECONDS = 0.02  # shortest wait for tokens, to serve many together
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
-WINDOW = 1 << 20  # bytes: no log grows beyond it by more than a few events
-LAG_LIMIT = WINDOW // 2  # bytes: while any reader lags by more, the room is paused
-ITERATION_LIMIT = WINDOW // 2  # new bytes after which an iteration processes no more input
+# No input is processed while any reader lags by more than LAG_LIMIT (the room is paused), or after
+# as many new bytes in one iteration.  So no log grows beyond twice as much and a few events.
+LAG_LIMIT = 512 << 10  # bytes
 STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
 STALL_RECOVERY = 0.2  # seconds regained per second without a pause
 POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
@@ -1512,7 +1512,7 @@ class Reactor:
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
         is_behind = conn.outbox.private_bytes > PRIVATE_LIMIT
-        if self.paused or is_behind or self.chat.new_bytes > ITERATION_LIMIT:
+        if self.paused or is_behind or self.chat.new_bytes > LAG_LIMIT:
             return NEVER
         return max(conn.bucket.ready_at, conn.quota.bucket.ready_at)
 

@@ -614,9 +614,8 @@ def jonny(mike, page_server):
 # Limits so small that a few lines reach them.
 SMALL_LIMITS = {
     "LINE_LIMIT": 100, "HISTORY_SIZE": 500, "BANS_LIMIT": 2, "ACCEPT_BATCH": 2, "SPLICE_SIZE": 16,
-    "WINDOW": 4096, "LAG_LIMIT": 2048, "ITERATION_LIMIT": 2048, "SPARE_CONNECTIONS": 2,
-    "WHISPER_LIMIT": 512, "PRIVATE_LIMIT": 1024, "READ_SIZE": 4096, "READ_AHEAD": 6000,
-    "BYTES_PER_TOKEN": 128,
+    "LAG_LIMIT": 2048, "SPARE_CONNECTIONS": 2, "WHISPER_LIMIT": 512, "PRIVATE_LIMIT": 1024,
+    "READ_SIZE": 4096, "READ_AHEAD": 6000, "BYTES_PER_TOKEN": 128,
 }
 PASSWORD = "sesame"
 UNLIMITED = NEVER = batchat.NEVER
@@ -972,7 +971,7 @@ class WatchedChat(Chat):
     def publish(self, kind: str, person, **fields):
         before = {log: log.end for log in self.logs.values()}
         super().publish(kind, person, **fields)
-        subject, most = person.sock.peer, batchat.WINDOW + 4 * (batchat.LINE_LIMIT + 100)
+        subject, most = person.sock.peer, 2 * batchat.LAG_LIMIT + 4 * (batchat.LINE_LIMIT + 100)
         assert all(len(log.data) < most for log in before)
         data = {log.protocol: bytes(log.data[at - log.start :]) for log, at in before.items()}
         for peer in self.world.inside:
