@@ -144,7 +144,6 @@ NAME_TRIES = 5
 NAME_SECONDS = 120.0  # from connecting to a valid name
 HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
 CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
-REJECTED_SECONDS = 1.0  # the same, for rejected callers
 SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
 LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
@@ -623,7 +622,7 @@ class Person:
     def deadline(self) -> float:
         """When this state ends at the latest."""
         if self.state is CLOSING:
-            return self.timer_start + (REJECTED_SECONDS if self.rejected else CLOSING_SECONDS)
+            return self.timer_start + CLOSING_SECONDS
         if self.outbox.write_closed:
             return self.timer_start + LOST_SECONDS
         if self.state is CHATTING:
