@@ -149,7 +149,7 @@ LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
-PACE_SECONDS = 0.02  # shortest wait for tokens, to serve many together
+POLL_SECONDS = 0.05  # shortest wait for tokens, or for those who lag: many are served together
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
 # No input is processed while any reader lags by more than LAG_LIMIT (the room is paused), or after
@@ -157,7 +157,6 @@ PACE_SECONDS = 0.02  # shortest wait for tokens, to serve many together
 LAG_LIMIT = 512 << 10  # bytes
 STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
 STALL_RECOVERY = 0.2  # seconds regained per second without a pause
-POLL_SECONDS = 0.05  # between two sends to those who lag, while the room is paused
 SPLICE_SIZE = 128  # bytes: what a splice adds to a lag
 WHISPER_LIMIT = 64 << 10  # private bytes pending: with more, nobody whispers to a person
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending: with more, their own input waits
@@ -1339,7 +1338,7 @@ class Reactor:
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
         if until > self.now:
-            until = max(until, self.now + PACE_SECONDS)
+            until = max(until, self.now + POLL_SECONDS)
         poll_at = self.now + POLL_SECONDS if self.paused else NEVER
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock())
 
