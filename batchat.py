@@ -69,7 +69,6 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
  _|| \\_  \\    >>  _// \\_  _// \\  //   \\  \\    >>  _// \\_  
 (__) (__)(__)  (__)(__) (__)(__)(__)(_") ("_)(__)  (__)(__) (__)
 """[1:]
-WELCOME = "Welcome to BATCHAT local reviews and chat!"
 
 # How each type of event reads on telnet.  The page uses these, but for greeting and help.
 TEXT = {
@@ -202,7 +201,7 @@ class Settings(NamedTuple):
     max_people: int = 0  # in the room
     max_per_address: int = 100  # connections
     history: int = 0  # lines; 0 keeps none
-    welcome: str = WELCOME
+    welcome: str = "Welcome to BATCHAT local reviews and chat!"
     password: str = ""  # of the operators; without one, there are none
     behind_proxy: bool = False  # trust X-Forwarded-For of callers from localhost
     max_connections: int = 1_000_000

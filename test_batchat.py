@@ -41,7 +41,7 @@ import batchat
 from batchat import CHATTING, CLOSING, DISCONNECT, Chat, Protocol, Settings, Telnet, Web, clean
 
 BATCHAT = Path(batchat.__file__)
-GREETING = f"{batchat.BANNER}\n{batchat.WELCOME}\n\n{batchat.PROMPT}"
+GREETING = f"{batchat.BANNER}\n{Settings().welcome}\n\n{batchat.PROMPT}"
 GOODBYE = "* That was the last try, goodbye!\n"
 SHUTTING_DOWN = "* BATCHAT is shutting down, goodbye!\n"
 FULL = "* BATCHAT is full, please try again later.\n"
@@ -1259,7 +1259,8 @@ NETWORK_STEPS = st.one_of(
 SETTINGS = st.builds(  # in the order of its fields
     Settings,
     *map(st.sampled_from, [[10, 0, 0], [0, 0, 3], [0, 0, 2], [0, 3, 50]]),
-    *(st.just(batchat.WELCOME), st.just(PASSWORD), st.booleans(), st.sampled_from([1000, 1000, 4])),
+    *map(st.just, [Settings().welcome, PASSWORD]),
+    *(st.booleans(), st.sampled_from([1000, 1000, 4])),
 )
 # Often some people are there already, so that there is somebody to talk to.
 HISTORIES = st.builds(
@@ -1664,7 +1665,7 @@ def test_name_key_is_one_for_all_spellings(name):
 
 def test_welcome_replaces_ours_and_is_cleaned():
     with Server("--welcome", "Hello\x1b[2J at\tmine") as server:
-        server.call().expect(GREETING.replace(batchat.WELCOME, "Hello at mine"))
+        server.call().expect(GREETING.replace(Settings().welcome, "Hello at mine"))
 
 
 @cases(
@@ -1787,7 +1788,7 @@ def test_one_file_runs_wherever_it_is_copied(tmp_path):
 
 DEFAULTS = {
     "host": None, "port": 1337, "web_port": None, "no_web": False, "rate": 10,
-    "max_people": 0, "max_per_address": 100, "history": 0, "welcome": batchat.WELCOME,
+    "max_people": 0, "max_per_address": 100, "history": 0, "welcome": Settings().welcome,
     "password_file": None, "behind_proxy": False, "verbose": False,
 }
 # The tables of README: of each row, the code in the first cell, and what is said of it.
@@ -2251,7 +2252,7 @@ def test_first_events_of_a_caller(kept, ann):
     prompt = event("prompt", text="Please enter your name, and press enter: ")
     refused = "A name is made of letters, digits, '_', '-' and '.' alone."
     said = {"type": "said", "id": 3, "at": 0, "name": "ann", "text": "hi"}
-    greeting = {"protocol": 1, "banner": batchat.BANNER, "text": batchat.WELCOME}
+    greeting = {"protocol": 1, "banner": batchat.BANNER, "text": Settings().welcome}
     assert eve.read().splitlines(True) == [
         event("greeting", **greeting, room=kept.chat.room, max_line=4096),
         *(prompt, event("error", code="bad_name", text=refused), prompt),
