@@ -285,10 +285,9 @@ class Outbox:
 
     def insert(self, data: bytes) -> None:
         """Send `data` to this person only, after everything in the log so far."""
-        if data:
-            last = self.splices[-1][2] if self.splices else self.cursor
-            at = max(last, self.log.end)
-            self._splice(at, data, at)
+        last = self.splices[-1][2] if self.splices else self.cursor
+        at = max(last, self.log.end)
+        self._splice(at, data, at)
 
     def exclude_newest(self) -> None:
         """Leave out the last event of the log."""
