@@ -148,11 +148,11 @@ LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 PING_SECONDS = 30.0  # between WebSocket pings
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
-POLL_SECONDS = 0.05  # shortest wait for tokens, or for those who lag: many are served together
+POLL_SECONDS = 0.05  # shortest wait for tokens; between two sends to those who lag
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
 # No input is processed while any reader lags by more than LAG_LIMIT (the room is paused), or after
-# as many new bytes in one iteration.  So no log grows beyond twice as much and a few events.
+# as many new bytes in one iteration.  So no log grows beyond twice that, plus a few events.
 LAG_LIMIT = 512 << 10  # bytes
 STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
 STALL_RECOVERY = 0.2  # seconds regained per second without a pause
@@ -167,7 +167,7 @@ READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 OWN_DESCRIPTORS = 16  # log, signals and so on
-SPARE_CONNECTIONS = 16  # for departing ones, where all places are taken
+SPARE_CONNECTIONS = 16  # for those who depart, where all places are taken
 PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
 
 # Tokens: an allowance of --rate a second.
@@ -654,7 +654,7 @@ class Quota:
 
     @property
     def free(self) -> int:
-        """Free places; negative if there are too many, or no limit."""
+        """Free places; negative if too many are taken, meaningless without a limit."""
         return self.limit - self.connections + len(self.departing)
 
 
