@@ -1154,11 +1154,6 @@ class Chat:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise CommandError(f"{name} has left already.")
-        if other is person:
-            raise CommandError("You can't kick yourself; /quit leaves.")
-        self._kick_out(other, person, why)
-
-    def _kick_out(self, other: Person, person: Person, why: str) -> None:
         reason = f"kicked by {person.name}, {person.origin}"
         self.disconnect(other, reason, "kicked", by=person.name, text=why)
 
@@ -1185,7 +1180,7 @@ class Chat:
         self.limiter.ban(key, minutes)
         minutes = self.limiter.banned_minutes(key)
         if other and other.state is CHATTING:
-            self._kick_out(other, person, f"banned for {minutes} min")
+            self._kick(person, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", person.name, key, minutes)
         here = sum(key in each.host for each in self.people.values())
         text = f"{key} is banned for {minutes} min; still here from there: {here}."

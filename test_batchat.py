@@ -1566,7 +1566,6 @@ def test_quit_leaves_the_room_and_the_prompt(room, line):
     ("usage", "Usage: /me ACTION", ["/me"]),
     ("refused", "Nobody here is called cy.", ["/msg cy x", "/ignore cy", "/ban cy"]),
     ("refused", "You can't ignore yourself.", ["/ignore mike"]),
-    ("refused", "You can't kick yourself; /quit leaves.", ["/kick mike"]),
     ("refused", "You are mike already.", ["/nick mike"]),
     ("name_taken", "The name ANN is taken.", ["/nick ANN"]),
     ("bad_name", "A name is made of letters, digits, '_', '-' and '.' alone.", ["/nick a b"]),
