@@ -1058,6 +1058,14 @@ class Chat:
             raise CommandError(f"Nobody here is called {name}.")
         return person
 
+    def _key_of(self, target: str) -> str:
+        """What to ban for an address, an IPv6 /64 or a name; raises CommandError."""
+        try:
+            host = parse_host(target)
+        except ValueError:
+            host = self._find(target, former=True).host
+        return self.limiter.counted_as(host)
+
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
         name, rest = [*line.split(None, 1), ""][:2]
@@ -1159,32 +1167,21 @@ class Chat:
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
-        try:
-            host, other = parse_host(target), None
-        except ValueError:
-            if "/" in target:
-                raise CommandError("A ban takes a name, an address or an IPv6 /64.", "usage")
-            other = self._find(target, former=True)
-            host = other.host
-        key = self.limiter.counted_as(host)
+        key = self._key_of(target)
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
-        if key == LOCALHOST:
-            raise CommandError("localhost is never banned; /kick removes somebody.")
-        if key in person.host:
-            raise CommandError("That is your own address; /kick removes somebody.")
+        if key == LOCALHOST or key in person.host:
+            raise CommandError("Neither localhost nor your own address can be banned; use /kick.")
         if key not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         self.history.forget(key)
         self.limiter.ban(key, minutes)
         minutes = self.limiter.banned_minutes(key)
-        if other and other.state is CHATTING:
+        with suppress(CommandError):  # nobody to kick: it is an address, or they have left
             self._kick(person, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", person.name, key, minutes)
-        here = sum(key in each.host for each in self.people.values())
-        text = f"{key} is banned for {minutes} min; still here from there: {here}."
-        self.send(person, "notice", text=text)
+        self.send(person, "notice", text=f"{key} is banned for {minutes} min.")
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
@@ -1198,14 +1195,11 @@ class Chat:
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, target: str) -> None:
-        ended: list[str] = []
-        with suppress(ValueError):  # it is no address
-            ended += [each for each in parse_host(target) if self.limiter.bans.pop(each, None)]
-        if not ended:
+        key = self._key_of(target)
+        if not self.limiter.bans.pop(key, None):
             raise CommandError(f"{target} is not banned.")
-        for key in ended:
-            logger.info("%s ended the ban of %s", person.name, key)
-            self.send(person, "notice", text=f"{key} is no longer banned.")
+        logger.info("%s ended the ban of %s", person.name, key)
+        self.send(person, "notice", text=f"{key} is no longer banned.")
 
 
 # ---
