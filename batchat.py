@@ -693,7 +693,7 @@ class Limiter:
         self.settings = settings
         self.everyone = Quota(settings.max_connections)
         self.quotas: dict[str, Quota] = {}  # by key; kept while in use, until the bucket is full
-        self.bans: dict[str, float] = {}  # until when, by address or /64
+        self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
     def add(self, person: Person, address: str) -> None:
@@ -1186,9 +1186,8 @@ class Chat:
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
         lines = [
-            f"{key} is banned for another {minutes} min."
+            f"{key} is banned for another {self.limiter.banned_minutes(key)} min."
             for key in self.limiter.bans
-            if (minutes := self.limiter.banned_minutes(key))
         ]
         for text in lines or ["No address is banned."]:
             self.send(person, "notice", text=text)
