@@ -837,16 +837,12 @@ def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises CommandError if it is none."""
     name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
     kinds = [each if each in "_-." else unicodedata.category(each) for each in name]
-    good = all(kind[0] in "LM_-." or kind == "Nd" for kind in kinds)
-    if not 1 <= len(name) <= NAME_LIMIT:
-        why = f"A name has 1 to {NAME_LIMIT} characters."
-    elif not good or kinds[0][0] == "M" or INVISIBLE.search(name):
-        why = "A name is made of letters, digits, '_', '-' and '.' alone."
-    elif re.fullmatch(r"\d+(\.\d+){3}", name):
-        why = "A name can't be an address."
-    else:
-        return name
-    raise CommandError(why, "bad_name")
+    good = 1 <= len(name) <= NAME_LIMIT and kinds[0][0] != "M" and not INVISIBLE.search(name)
+    good = good and all(kind[0] in "LM_-." or kind == "Nd" for kind in kinds)
+    if not good or re.fullmatch(r"\d+(\.\d+){3}", name):
+        rule = f"1 to {NAME_LIMIT} letters, digits, '_', '-' and '.', and is no IP address"
+        raise CommandError(f"A name has {rule}.", "bad_name")
+    return name
 
 
 Run = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
