@@ -880,7 +880,7 @@ class Chat:
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.changed: dict[Any, None] = {}  # the people who must be reconciled
-        self.new_bytes = 0  # of events and history in this iteration
+        self.new_bytes = 0  # to be sent, that this iteration made
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
         # Former names (when left, name_key, whose), and wrong passwords (when, where).
@@ -912,6 +912,7 @@ class Chat:
 
     def send_raw(self, person: Person, data: bytes) -> None:
         person.outbox.insert(data)
+        self.new_bytes += len(data)
         self.changed[person] = None
 
     # Joining and leaving
@@ -958,9 +959,7 @@ class Chat:
         person.outbox.join()
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.history.limit:
-            data = self.history.encode(type(person.protocol))
-            self.new_bytes += len(data)
-            self.send_raw(person, data)
+            self.send_raw(person, self.history.encode(type(person.protocol)))
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(self, person: Person, reason: str, code: str = "", **fields: Any) -> None:
