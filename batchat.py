@@ -781,29 +781,29 @@ class History:
     """The last lines that were said, for newcomers."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit  # lines
-        self._lines: deque[tuple[Event, Host, int]] = deque()  # each with its size
-        self._size = 0  # bytes of text
+        self._lines: deque[tuple[Event, Host]] = deque(maxlen=limit)
         self._encoded: dict[type[Protocol], bytes] = {}  # a cache, until the next line
 
     def append(self, event: Event, host: Host) -> None:
-        size = len(event["text"].encode())
-        self._lines.append((event, host, size))
-        self._size += size
-        while len(self._lines) > self.limit or self._size > HISTORY_SIZE:
-            self._size -= self._lines.popleft()[2]
+        self._lines.append((event, host))
         self._encoded.clear()
 
     def forget(self, key: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        self._lines = deque(line for line in self._lines if key not in line[1])
-        self._size = sum(size for _, _, size in self._lines)
+        kept = [line for line in self._lines if key not in line[1]]
+        self._lines = deque(kept, self._lines.maxlen)
         self._encoded.clear()
 
     def encode(self, protocol: type[Protocol]) -> bytes:
+        """The last lines that have HISTORY_SIZE together."""
         if protocol not in self._encoded:
-            event = {"type": "history", "events": [line[0] for line in self._lines]}
-            self._encoded[protocol] = protocol.encode(event)
+            events: deque[Event] = deque()
+            size = 0
+            for event, _ in reversed(self._lines):
+                size += len(event["text"].encode())
+                if size <= HISTORY_SIZE:
+                    events.appendleft(event)
+            self._encoded[protocol] = protocol.encode({"type": "history", "events": [*events]})
         return self._encoded[protocol]
 
 
@@ -900,8 +900,7 @@ class Chat:
                 log.append(data)
                 self.new_bytes += len(data)
         if kind in ("said", "did"):
-            if self.history.limit:
-                self.history.append(event, person.host)
+            self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for each in self._ignorers.get(person, ()):
@@ -958,7 +957,7 @@ class Chat:
         person.outbox.log.readers[person] = None
         person.outbox.join()
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
-        if self.history.limit:
+        if self.settings.history:
             self.send_raw(person, self.history.encode(type(person.protocol)))
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
