@@ -1019,8 +1019,7 @@ class Chat:
         if isinstance(line, int):
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise CommandError(text, "too_long")
-        password = PASSWORD_LINE.match(line)
-        if password:
+        if password := PASSWORD_LINE.match(line):
             line = f"/op{password[1]}"
         if line.lstrip()[:1] == "/":
             self._run_command(person, line)
