@@ -370,8 +370,8 @@ class Protocol:
         """
         return False
 
-    def close(self, code: str) -> bytes:
-        """The last bytes, after a `closing` event with this code, if any."""
+    def close(self, reason: str) -> bytes:
+        """The last bytes, after a `closing` event if there is one for this reason."""
         return b""
 
 
@@ -609,7 +609,7 @@ class Person:
         self.outbox = Outbox(log)
         self.state = AWAITING_NAME
         self.timer_start = now  # when they connected, were lost or began to close
-        self.rejected = ""  # the code of the reason why they may not join
+        self.rejected = ""  # the reason why they may not join
         self.name = ""
         self.asked = 0  # prompts for a name so far
         self.operator = False
@@ -929,7 +929,7 @@ class Chat:
 
     def _ask_for_name(self, person: Person) -> None:
         if person.asked == NAME_TRIES:
-            self.disconnect(person, "no valid name", "tries")
+            self.disconnect(person, "tries")
         else:
             person.asked += 1
             self.send(person, "prompt", text=PROMPT)
@@ -942,7 +942,7 @@ class Chat:
         elif 0 < self.settings.max_people <= len(self.people):
             person.rejected = "full"
         if person.rejected:
-            self.disconnect(person, person.rejected, person.rejected, minutes=minutes)
+            self.disconnect(person, person.rejected, minutes=minutes)
         return bool(person.rejected)
 
     def _join(self, person: Person, text: str) -> None:
@@ -961,10 +961,10 @@ class Chat:
             self.send_raw(person, self.history.encode(type(person.protocol)))
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
-    def disconnect(self, person: Person, reason: str, code: str = "", **fields: Any) -> None:
+    def disconnect(self, person: Person, reason: str, **fields: Any) -> None:
         """Close a connection when everything pending is sent; the others read that they left.
 
-        `reason` is for our own log.  With `code` they read its CLOSING_TEXT, filled with `fields`.
+        If the reason has a CLOSING_TEXT, they read that, filled with `fields`.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -973,7 +973,7 @@ class Chat:
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            self.publish("kicked" if code == "kicked" else "quit", person, **fields)
+            self.publish("kicked" if reason == "kicked" else "quit", person, **fields)
             here = len(self.people)
             logger.info("%s left: %s (%s, %d here)", person.name, reason, person.origin, here)
         else:
@@ -981,9 +981,9 @@ class Chat:
         person.state = CLOSING
         person.timer_start = self.limiter.now
         self.limiter.mark_departing(person)
-        if code and person.protocol.opened:
-            self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
-        self.send_raw(person, person.protocol.close(code))  # even b"" has them reconciled
+        if reason in CLOSING_TEXT and person.protocol.opened:
+            self.send(person, "closing", code=reason, text=CLOSING_TEXT[reason].format_map(fields))
+        self.send_raw(person, person.protocol.close(reason))  # even b"" has them reconciled
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
         """Disconnect everyone; nobody reads that the others left."""
@@ -991,7 +991,7 @@ class Chat:
             log.readers.clear()
         for person in everyone:
             if person.state is not CLOSING:
-                self.disconnect(person, "shutdown", "shutdown")
+                self.disconnect(person, "shutdown")
 
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
@@ -1155,8 +1155,8 @@ class Chat:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise CommandError(f"{name} has left already.")
-        reason = f"kicked by {person.name}, {person.origin}"
-        self.disconnect(other, reason, "kicked", by=person.name, text=why)
+        logger.info("%s kicked %s (%s)", person.name, other.name, person.origin)
+        self.disconnect(other, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
@@ -1417,7 +1417,7 @@ class Reactor:
         if conn.state is CLOSING or conn.outbox.write_closed:
             self._drop(conn, "lost")
         else:
-            self.chat.disconnect(conn, "no name in time", "timeout")
+            self.chat.disconnect(conn, "timeout")
 
     # Callers
     def _register(self, listener: socket.socket) -> None:
@@ -1920,9 +1920,9 @@ class Web(Protocol):
             self._end(1007)
             return DISCONNECT
 
-    def close(self, code: str) -> bytes:
+    def close(self, reason: str) -> bytes:
         if self._state is FRAMES:
-            self._end(CLOSE_CODES.get(code, 1000))
+            self._end(CLOSE_CODES.get(reason, 1000))
         return self.replies
 
     def _parse_head(self) -> Message | None:

@@ -732,7 +732,7 @@ class Peer:
             os.strerror(sock.failed): sock.failed > 0,
             "an internal error": sock.failed == OURS,
             "lost": over and (sock.error_seen or self.stage == "closing"),
-            "no name in time": over and not sock.error_seen,
+            "timeout": over and not sock.error_seen,
             "too far behind": self.connection.outbox.lag > batchat.LAG_LIMIT,
             "too many connections": self.departs and crowd > batchat.SPARE_CONNECTIONS,
             "shutdown": world.reactor.ends_at != NEVER,
@@ -983,12 +983,12 @@ class WatchedChat(Chat):
         if kind == "joined":
             subject.stage = "chatting"
 
-    def disconnect(self, person, reason: str, *code: str, **fields: str):
+    def disconnect(self, person, reason: str, **fields: str):
         peer = person.sock.peer
         assert peer.may_be_dropped.get(reason, self.speaker or person.rejected), reason
         self.world.reached[reason] += 1
         peer.why, peer.stage = reason, "closing"
-        super().disconnect(person, reason, *code, **fields)
+        super().disconnect(person, reason, **fields)
 
 
 class World:
@@ -1926,7 +1926,8 @@ def test_log_names_people_but_not_what_they_say(tmp_path):
         *["mick gave a wrong password (HERE)"] * 2,
         "mick left: quit (HERE, 2 here)",
         "ann is an operator (HERE)",
-        "eve left: kicked by ann, HERE (HERE, 1 here)",
+        "ann kicked eve (HERE)",
+        "eve left: kicked (HERE, 1 here)",
         "ann left: quit (HERE, 0 here)",
         "stopping",
     ]
@@ -2270,7 +2271,7 @@ def test_closing_says_why(kept, ann, line, why):
         if code == "kicked":
             ann.types(line)
         else:
-            kept.chat.disconnect(eve, "", code)
+            kept.chat.disconnect(eve, code)
         eve.expect(event("closing", code=code, text=texts[code]))
 
 
