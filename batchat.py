@@ -795,7 +795,7 @@ class History:
         self._encoded.clear()
 
     def encode(self, protocol: type[Protocol]) -> bytes:
-        """The last lines that have HISTORY_SIZE together."""
+        """The last lines, of HISTORY_SIZE together at most."""
         if protocol not in self._encoded:
             events: deque[Event] = deque()
             size = 0
