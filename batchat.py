@@ -420,22 +420,20 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # RFC 860
 
-AYT, HERE = b"\xf6", b"* BATCHAT is here.\r\n"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Without BINARY the common telnets clear a byte's top bit and look for keys: in \u0443 (D1 83) they
-# see 03, Ctrl-C, and send IP.  So a command inside a character is turned back into the byte.
-# For each command: its key, and the byte.
+# see 03, Ctrl-C, and send IP.  So a command inside a character is its key with the top bit set.
 KEYS = {
-    b"\xec": (CTRL_D, b"\x84"),  # EOF (RFC 1184)
-    b"\xed": (b"", b"\x9a"),  # SUSP (RFC 1184): Ctrl-Z
-    b"\xee": (CTRL_C, b"\x9c"),  # ABORT (RFC 1184): Ctrl-\
-    b"\xf3": (CTRL_C, b"\x9c"),  # BRK: Ctrl-\ in a telnet without ABORT
-    b"\xf4": (CTRL_C, b"\x83"),  # IP: Ctrl-C
-    b"\xf5": (b"", b"\x8f"),  # AO: Ctrl-O
-    AYT: (b"", b"\x94"),  # Are You There: Ctrl-T
-    b"\xf7": (b"\b", b"\x88"),  # EC, erase character
-    b"\xf8": (b"\x15", b"\x95"),  # EL, erase line
-    IAC: (IAC, IAC),  # the byte 255 itself
+    b"\xec": 0x04,  # EOF (RFC 1184): Ctrl-D
+    b"\xed": 0x1A,  # SUSP (RFC 1184): Ctrl-Z
+    b"\xee": 0x1C,  # ABORT (RFC 1184): Ctrl-\
+    b"\xf3": 0x1C,  # BRK: Ctrl-\ in a telnet without ABORT
+    b"\xf4": 0x03,  # IP: Ctrl-C
+    b"\xf5": 0x0F,  # AO: Ctrl-O
+    b"\xf6": 0x14,  # Are You There: Ctrl-T
+    b"\xf7": 0x08,  # EC, erase character: Ctrl-H
+    b"\xf8": 0x15,  # EL, erase line: Ctrl-U
+    IAC: 0xFF,  # the byte 255 itself
 }
 # Where the parser stands: the last 3 bytes of text, and an incomplete command.
 Position = Tuple[bytes, bytes]
@@ -479,13 +477,8 @@ def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, by
         elif verb in REFUSALS and option != BINARY:
             replies += IAC + REFUSALS[verb] + option
         elif simple in KEYS:
-            key, byte = KEYS[simple]
-            if UNFINISHED.search(text[-3:]):
-                text += byte
-            elif simple == AYT:
-                replies += HERE
-            else:
-                text += key
+            top_bit = 0x80 if UNFINISHED.search(text[-3:]) else 0
+            text.append(KEYS[simple] | top_bit)
     text += data[end:]
     return bytes(text[len(before) :]), (bytes(text[-3:]), rest), bytes(replies)
 

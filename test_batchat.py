@@ -2735,7 +2735,7 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
     """The same as `telnet`, as RFC 854 reads: commands byte by byte, then lines."""
     byte_of = {key: byte | 0x80 for byte, key in KEYS_OF_TELNET.items()}
     byte_of[243] = byte_of[238]  # an older name for it
-    typed = {236: 3, 238: 3, 243: 3, 244: 3, 247: 8, 248: 21, 255: 255}
+    typed = {**{command: byte & 0x7F for command, byte in byte_of.items()}, 255: 255}
     text, replies, rest = b"", b"", iter(data)
     with suppress(StopIteration):
         while True:
@@ -2753,8 +2753,6 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
                         rest = itertools.chain([255, command], rest)
                 elif command in byte_of and is_unfinished(text):
                     text += bytes([byte_of[command]])
-                elif command == 246:
-                    replies += b"* BATCHAT is here.\r\n"
                 elif command in typed:
                     text += bytes([typed[command]])
                 continue
@@ -2777,8 +2775,8 @@ TELNET_PIECES = [
 ]
 TELNET = st.lists(st.sampled_from(TELNET_PIECES) | st.binary(max_size=4), max_size=12)
 PLACES = st.lists(st.integers(0, 10**6), max_size=12)
-# Ctrl-C as IP, BRK, ABORT, or as it is; Ctrl-D as EOF, or as it is
-QUIT_KEYS = [b"\xff\xf4", b"\xff\xf3", b"\xff\xee", b"\x03", b"\xff\xec", b"\x04"]
+# Ctrl-C as IP, or as it is; Ctrl-D as EOF, or as it is
+QUIT_KEYS = [b"\xff\xf4", b"\x03", b"\xff\xec", b"\x04"]
 MARK = CTRL_C[2:]
 
 
@@ -2815,7 +2813,6 @@ def test_bytes_become_the_lines_typed(reads, lines):
     (b"\xff\xfc\x06\xff\xfe\x1f", [b"\xff\xfd\x06\xff\xfb\x1f"]),  # options are refused
     (b"", [b"\xff\xfc\x06\xff\xfe\x06"]),  # refusals
     (b"", [b"\xff\xfb\0\xff\xfd\0"]),  # BINARY, which is wanted
-    (b"* BATCHAT is here.\r\n", [b"\xff\xf6"]),  # are you there?
     *[(b"", [read, read]) for read in ("М\r\n".encode(), "М\r\0".encode(), b"\xff\xf1")],
     *[(b"", [b"\xff\xf1", line]) for line in (b"in ascii\r\n", b"from putty\r")],
     (b"\r", [b"\xff\xf1", b"in binary\n"]),  # where Enter moves the cursor straight down
@@ -2842,7 +2839,7 @@ def test_letter_without_its_ctrl_e_is_mended(letter):
 @cases("lines, seconds", (5_585, 0.0), (600, 3.0), (0, 0.0))
 @cases(
     "reads",
-    *([CTRL_C], [b"\xff\xf3" + MARK], [b"\xff\xf1" + CTRL_C], [b"\x03"]),
+    *([CTRL_C], [b"\xff\xf1" + CTRL_C], [b"\x03"]),
     [typed_in_telnet("\u3084") + CTRL_C],  # after a letter that holds a key
     [b"\xff", b"\xf4" + MARK],  # cut in two
 )
