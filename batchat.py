@@ -453,9 +453,7 @@ def decode_line(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError:
-        with suppress(UnicodeDecodeError):
-            return SWALLOWED.sub(b"\\1\x85", line).decode()
-        return line.decode("utf-8", "replace")
+        return SWALLOWED.sub(b"\\1\x85", line).decode("utf-8", "replace")
 
 
 def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, bytes]:
