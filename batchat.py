@@ -384,8 +384,8 @@ ESCAPE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 # Control characters, line separators, and bidirectional controls (Unicode UAX #9, 2.1 to 2.5).
-# BS, DEL and Ctrl-U are not here: `clean` carries them out.
-FORBIDDEN = re.compile("[\0-\x07\x0a-\x14\x16-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# BS and DEL are not here: `clean` carries them out.
+FORBIDDEN = re.compile("[\0-\x07\x0a-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
@@ -393,12 +393,11 @@ def clean(text: str) -> str:
     if text.isprintable():  # nearly always, and never with a forbidden character
         return text
     # A TAB becomes a space: terminals do not wrap at a TAB.
-    text = FORBIDDEN.sub("", ESCAPE.sub("", text).replace("\t", " "))
+    text = ESCAPE.sub("", text).replace("\t", " ")
+    text = text.rpartition("\x15")[2]  # Ctrl-U erases the line so far
     kept: list[str] = []
-    for character in text:
-        if character == "\x15":
-            kept.clear()
-        elif character in "\b\x7f":
+    for character in FORBIDDEN.sub("", text):
+        if character in "\b\x7f":
             del kept[-1:]
         else:
             kept.append(character)
