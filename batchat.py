@@ -405,13 +405,12 @@ def clean(text: str) -> str:
 
 
 IAC, WILL, WONT, DO, DONT = b"\xff", b"\xfb", b"\xfc", b"\xfd", b"\xfe"
-# A complete telnet command, or the beginning of one at the end of a read (RFC 854).
+# A telnet command, or the beginning of one at the end of a read (RFC 854).  SB is none of them: a
+# client may send it only for an option that we agreed to, and BINARY has none.
 TELNET_COMMAND = re.compile(
     rb"""\xff (?: ([\xfb-\xfe]) ([\0-\xff])  # WILL, WONT, DO, DONT and an option
-                | \xfa (?: [^\xff] | \xff\xff )*  # SB ... SE; any other command ends it, too
-                  (?: \xff\xf0 | (?= \xff[^\xf0\xff] ) | (\xff? \Z) )
-                | ([^\xfa-\xfe])  # a command of one byte
-                | ([\xfb-\xfe]? \Z) )  # an incomplete command""",
+                | ([^\xfb-\xfe])  # a command of one byte
+                | [\xfb-\xfe]? \Z )  # an incomplete command""",
     re.VERBOSE,
 )
 BINARY = b"\0"  # the one option that we want, in both directions (RFC 856)
@@ -466,11 +465,9 @@ def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, by
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
         end = command.end()
-        verb, option, subnegotiation, simple, begun = command.groups()
-        if subnegotiation is not None:
-            rest = IAC + b"\xfa" + subnegotiation  # its content is not kept
-        elif begun is not None:
-            rest = IAC + begun
+        verb, option, simple = command.groups()
+        if not (verb or simple):
+            rest = command[0]
         elif verb in REFUSALS and option != BINARY:
             replies += IAC + REFUSALS[verb] + option
         elif simple in KEYS:
