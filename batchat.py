@@ -40,7 +40,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Union
 
 try:
     import resource
@@ -433,8 +433,6 @@ KEYS = {
     b"\xf8": 0x15,  # EL, erase line: Ctrl-U
     IAC: 0xFF,  # the byte 255 itself
 }
-# Where the parser stands: the last 3 bytes of text, and an incomplete command.
-Position = Tuple[bytes, bytes]
 # The beginning of a character in UTF-8.
 UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
 # These telnets drop byte 0x85 (Ctrl-E).  This finds characters that lost it:
@@ -454,14 +452,13 @@ def decode_line(line: bytes) -> str:
         return SWALLOWED.sub(b"\\1\x85", line).decode("utf-8", "replace")
 
 
-def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, bytes]:
-    """Take the telnet commands out of `data`, which comes after `position`.
+def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Take the telnet commands out of `data`.
 
-    Returns the text, with keys for commands; the position after it; and the replies.
+    Returns the text, with keys for commands; an incomplete character or command at the end, which
+    belongs before what comes next; and the replies.
     """
-    before, incomplete = position
-    data, rest = incomplete + data, b""
-    text, end, replies = bytearray(before), 0, bytearray()
+    text, end, rest, replies = bytearray(), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
         end = command.end()
@@ -474,7 +471,10 @@ def split_commands(data: bytes, position: Position) -> tuple[bytes, Position, by
             top_bit = 0x80 if UNFINISHED.search(text[-3:]) else 0
             text.append(KEYS[simple] | top_bit)
     text += data[end:]
-    return bytes(text[len(before) :]), (bytes(text[-3:]), rest), bytes(replies)
+    if unfinished := UNFINISHED.search(text[-3:]):
+        rest = unfinished[0] + rest
+        del text[-len(unfinished[0]) :]
+    return bytes(text), rest, bytes(replies)
 
 
 class Telnet(Protocol):
@@ -486,8 +486,8 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         super().__init__()
         self._asked = False  # for BINARY
-        self._position: Position = (b"", b"")  # of `feed`, which waits for tokens
-        self._search_position = self._position  # of the search for Ctrl-C
+        self._rest = b""  # incomplete, from `split_commands`
+        self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -502,13 +502,10 @@ class Telnet(Protocol):
         if not data:
             self.ended = True
             return
-        before, command = self._position
-        if command or IAC in data:
+        if IAC in data:
             self._ask_for_binary()
-            data, self._position, replies = split_commands(data, self._position)
-            self.replies += replies
-        else:
-            self._position = (before + data)[-3:], b""
+        data, self._rest, replies = split_commands(self._rest + data)
+        self.replies += replies
         if not data or self._key:
             return
         for key in (CTRL_C, CTRL_D):
@@ -532,11 +529,10 @@ class Telnet(Protocol):
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
         if self._key != CTRL_C:
-            if not new:
-                return False
-            if new == len(unfed):  # nothing of it was searched: start where `feed` stopped
-                self._search_position = self._position
-            text, self._search_position, _ = split_commands(unfed[-new:], self._search_position)
+            searched = len(unfed) - new
+            if not searched:  # start where `feed` stopped
+                self._search_rest = self._rest
+            text, self._search_rest, _ = split_commands(self._search_rest + unfed[searched:])
             if CTRL_C not in text:
                 return False
             self._key = CTRL_C
