@@ -489,9 +489,7 @@ class Telnet(Protocol):
         self._rest = b""  # incomplete, from `split_commands`
         self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
-        self._text = b""  # with "\n" for every line end
-        self._taken = 0  # bytes of `_text`
-        self._skipping = False  # the current line is too long
+        self._text = bytearray()  # not taken yet; with "\n" for every line end
         self._key = b""  # Ctrl-C or Ctrl-D: everything after it is ignored
 
     @staticmethod
@@ -538,23 +536,17 @@ class Telnet(Protocol):
             self._key = CTRL_C
             if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
                 self.replies += WONT_TIMING_MARK
-        self._text, self._taken, self._skipping = b"", 0, False
+        self._text.clear()
         return True
 
     def next(self) -> Message | None:
-        while True:
-            start, end = self._taken, self._text.find(b"\n", self._taken)
-            stop = end if end >= 0 else len(self._text)
-            if stop - start > LINE_LIMIT and not self._skipping:
-                self._taken, self._skipping = stop, True
-                return TOO_LONG
-            if end < 0:
-                self._text, self._taken = b"" if self._skipping else self._text[start:], 0
-                return DISCONNECT if self._key or self.ended else None
-            self._taken = end + 1
-            if not self._skipping:
-                return clean(decode_line(self._text[start:end]))
-            self._skipping = False
+        end = self._text.find(b"\n")
+        if end < 0:
+            del self._text[LINE_LIMIT + 1 :]  # of a line too long, no more is kept
+            return DISCONNECT if self._key or self.ended else None
+        line = bytes(self._text[:end])
+        del self._text[: end + 1]
+        return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
 
 
 # ---

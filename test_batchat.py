@@ -2753,11 +2753,11 @@ def telnet_by_the_byte(data: bytes) -> tuple[list, bytes]:
                 continue
             text += bytes([byte])
     said, key = re.match(rb"([^\3\4]*)([\3\4]?)", text).groups()
-    *lines, last = re.split(rb"\r\n|\r\0|\r|\n", said)
+    *lines, _ = re.split(rb"\r\n|\r\0|\r|\n", said)
     messages = [
         batchat.TOO_LONG if len(line) > 4096 else clean(batchat.decode_line(line)) for line in lines
     ]
-    return messages + [batchat.TOO_LONG] * (len(last) > 4096) + [DISCONNECT] * len(key), replies
+    return messages + [DISCONNECT] * len(key), replies
 
 
 TELNET_PIECES = [
@@ -2912,7 +2912,7 @@ def test_endless_input_is_not_kept():
             pass
         assert len(pickle.dumps(protocol)) <= 4096 + 16_384 + 1000
     protocol.feed(b"\nnext\n")
-    assert protocol.next() == "next"
+    assert [protocol.next(), protocol.next()] == [batchat.TOO_LONG, "next"]
 
 
 def test_long_name_is_not_normalized_as_a_whole(room):
