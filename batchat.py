@@ -489,8 +489,7 @@ class Telnet(Protocol):
         self._rest = b""  # incomplete, from `split_commands`
         self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
         self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
-        self._text = bytearray()  # not taken yet; with "\n" for every line end
-        self._key = b""  # Ctrl-C or Ctrl-D: everything after it is ignored
+        self._text = b""  # not taken yet; with "\n" for every line end
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -498,17 +497,14 @@ class Telnet(Protocol):
 
     def feed(self, data: bytes) -> None:
         if not data:
-            self.ended = True
+            self._text += CTRL_D  # the end of the stream counts as one
             return
         if IAC in data:
             self._ask_for_binary()
         data, self._rest, replies = split_commands(self._rest + data)
         self.replies += replies
-        if not data or self._key:
+        if not data:
             return
-        for key in (CTRL_C, CTRL_D):
-            data, pressed, _ = data.partition(key)
-            self._key = pressed or self._key
         if self._after_cr and data[:1] in (b"\n", b"\0"):
             data = data[1:]
         self._after_cr = data.endswith(b"\r")
@@ -526,26 +522,26 @@ class Telnet(Protocol):
             self.replies += ASK_FOR_BINARY
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        if self._key != CTRL_C:
+        if CTRL_C not in self._text:
             searched = len(unfed) - new
             if not searched:  # start where `feed` stopped
                 self._search_rest = self._rest
             text, self._search_rest, _ = split_commands(self._search_rest + unfed[searched:])
             if CTRL_C not in text:
                 return False
-            self._key = CTRL_C
             if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
                 self.replies += WONT_TIMING_MARK
-        self._text.clear()
+        self._text = CTRL_C
         return True
 
     def next(self) -> Message | None:
-        end = self._text.find(b"\n")
-        if end < 0:
-            del self._text[LINE_LIMIT + 1 :]  # of a line too long, no more is kept
-            return DISCONNECT if self._key or self.ended else None
-        line = bytes(self._text[:end])
-        del self._text[: end + 1]
+        line, end, rest = self._text.partition(b"\n")
+        if CTRL_C in line or CTRL_D in line:
+            return DISCONNECT
+        if not end:
+            self._text = line[: LINE_LIMIT + 1]  # of a line too long, no more is kept
+            return None
+        self._text = rest
         return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
 
 
