@@ -341,11 +341,9 @@ class Protocol:
     ECHO = False  # whether speakers are sent what they say
     PING_DATA = b""  # a ping, where the protocol has one
 
-    def __init__(self) -> None:
-        self.ended = False  # nothing more will be fed
-        self.replies = b""  # what the protocol itself answers
-        self.behind_proxy = False  # trust the peer's X-Forwarded-For
-        self.caller = ""  # the address in it
+    replies = b""  # what the protocol itself answers
+    behind_proxy = False  # trust the peer's X-Forwarded-For
+    caller = ""  # the address in it
 
     @property
     def opened(self) -> bool:
@@ -361,7 +359,6 @@ class Protocol:
 
     def next(self) -> Message | None:
         """The next line or signal; None if more must be read first."""
-        raise NotImplementedError
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
         """Obey Ctrl-C in `unfed`, of which the last `new` bytes were not searched yet.
@@ -484,7 +481,6 @@ class Telnet(Protocol):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._asked = False  # for BINARY
         self._rest = b""  # incomplete, from `split_commands`
         self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
@@ -1859,9 +1855,9 @@ class Web(Protocol):
     PING_DATA = frame(PING, b"")
 
     def __init__(self) -> None:
-        super().__init__()
         self._state = HEAD
         self._data = b""
+        self._ended = False  # nothing more will be fed
         self._message: bytes | None = None  # the fragments so far of a message
         self._lines: deque[str] = deque()  # the rest of the last message
 
@@ -1875,7 +1871,7 @@ class Web(Protocol):
 
     def feed(self, data: bytes) -> None:
         self._data += data
-        self.ended = not data
+        self._ended = not data
 
     def next(self) -> Message | None:
         try:
@@ -1885,7 +1881,7 @@ class Web(Protocol):
                 if self._state is NOTHING:
                     return DISCONNECT
                 if not self._parse_frame():
-                    return DISCONNECT if self.ended else None
+                    return DISCONNECT if self._ended else None
             return clean(self._lines.popleft())
         except UnicodeDecodeError:  # in a frame
             self._end(1007)
@@ -1903,7 +1899,7 @@ class Web(Protocol):
         if len(head) > HEAD_LIMIT:
             return self._respond(431)
         if not rest:
-            return DISCONNECT if self.ended else None
+            return DISCONNECT if self._ended else None
         try:
             method, path, minor, fields = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
