@@ -413,7 +413,6 @@ TELNET_COMMAND = re.compile(
 BINARY = b"\0"  # the one option that we want, in both directions (RFC 856)
 ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
-DO_TIMING_MARK, WONT_TIMING_MARK = IAC + DO + b"\x06", IAC + WONT + b"\x06"  # RFC 860
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Without BINARY the common telnets clear a byte's top bit and look for keys: in \u0443 (D1 83) they
@@ -522,11 +521,10 @@ class Telnet(Protocol):
             searched = len(unfed) - new
             if not searched:  # start where `feed` stopped
                 self._search_rest = self._rest
-            text, self._search_rest, _ = split_commands(self._search_rest + unfed[searched:])
+            text, self._search_rest, replies = split_commands(self._search_rest + unfed[searched:])
             if CTRL_C not in text:
                 return False
-            if DO_TIMING_MARK in unfed:  # until it is answered, telnet shows nothing
-                self.replies += WONT_TIMING_MARK
+            self.replies += replies  # telnet shows nothing until one comes (RFC 860)
         self._text = CTRL_C
         return True
 
