@@ -483,7 +483,7 @@ class Telnet(Protocol):
         self._asked = False  # for BINARY
         self._rest = b""  # incomplete, from `split_commands`
         self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
-        self._after_cr = False  # the last byte was a CR, so an LF now belongs to it
+        self._last = b""  # the last byte of text, for an LF after a CR belongs to it
         self._text = b""  # not taken yet; with "\n" for every line end
 
     @staticmethod
@@ -494,27 +494,21 @@ class Telnet(Protocol):
         if not data:
             self._text += CTRL_D  # the end of the stream counts as one
             return
-        if IAC in data:
-            self._ask_for_binary()
-        data, self._rest, replies = split_commands(self._rest + data)
-        self.replies += replies
-        if not data:
-            return
-        if self._after_cr and data[:1] in (b"\n", b"\0"):
-            data = data[1:]
-        self._after_cr = data.endswith(b"\r")
-        if self._asked and data.count(b"\n") > data.count(b"\r\n"):
-            self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
+        text, self._rest, replies = split_commands(self._rest + data)
+        after_cr = self._last == b"\r"
+        self._last = text[-1:] or self._last
+        if after_cr and text[:1] in (b"\n", b"\0"):
+            text = text[1:]  # that line has ended already
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
-        plain = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
-        self._text += plain.replace(b"\r", b"\n")
-        if len(plain) < len(data) and not self._text.isascii():  # probably a telnet
-            self._ask_for_binary()
-
-    def _ask_for_binary(self) -> None:
-        if not self._asked:
+        lines = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        self._text += lines.replace(b"\r", b"\n")
+        maybe_telnet = len(lines) < len(text) and not self._text.isascii()
+        if not self._asked and (IAC in data or maybe_telnet):
             self._asked = True
             self.replies += ASK_FOR_BINARY
+        self.replies += replies
+        if self._asked and text.count(b"\n") > text.count(b"\r\n"):
+            self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
         if CTRL_C not in self._text:
