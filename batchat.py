@@ -402,14 +402,10 @@ def clean(text: str) -> str:
 
 
 IAC, WILL, WONT, DO, DONT = b"\xff", b"\xfb", b"\xfc", b"\xfd", b"\xfe"
-# A telnet command, or the beginning of one at the end of a read (RFC 854).  SB is none of them: a
-# client may send it only for an option that we agreed to, and BINARY has none.
-TELNET_COMMAND = re.compile(
-    rb"""\xff (?: ([\xfb-\xfe]) ([\0-\xff])  # WILL, WONT, DO, DONT and an option
-                | ([^\xfb-\xfe])  # a command of one byte
-                | [\xfb-\xfe]? \Z )  # an incomplete command""",
-    re.VERBOSE,
-)
+# IAC, then WILL, WONT, DO or DONT and an option, or a command of one byte (RFC 854).  At the end of
+# a read its last byte may be missing.  SB has no case: a client may send it only for an option that
+# we agreed to, and BINARY has none.
+TELNET_COMMAND = re.compile(rb"\xff([\xfb-\xfe]?)([\0-\xff]?)")
 BINARY = b"\0"  # the one option that we want, in both directions (RFC 856)
 ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
@@ -458,14 +454,14 @@ def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
         end = command.end()
-        verb, option, simple = command.groups()
-        if not (verb or simple):
+        verb, last = command.groups()
+        if not last:
             rest = command[0]
-        elif verb in REFUSALS and option != BINARY:
-            replies += IAC + REFUSALS[verb] + option
-        elif simple in KEYS:
+        elif verb in REFUSALS and last != BINARY:
+            replies += IAC + REFUSALS[verb] + last
+        elif not verb and last in KEYS:
             top_bit = 0x80 if UNFINISHED.search(text[-3:]) else 0
-            text.append(KEYS[simple] | top_bit)
+            text.append(KEYS[last] | top_bit)
     text += data[end:]
     if unfinished := UNFINISHED.search(text[-3:]):
         rest = unfinished[0] + rest
