@@ -540,8 +540,8 @@ class Telnet(Protocol):
 # CHATTING       kicked                                CLOSING; the others are told
 # both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
-#                a send fails, no answer to pings, or  lost (`outbox.write_closed`): the input is
-#                a reset while input waits             still said, then CLOSING
+#                a reset, no answer to pings           lost (`outbox.write_closed`): the input is
+#                                                      still said, then CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
@@ -565,6 +565,7 @@ class Person:
         self.state = AWAITING_NAME
         self.timer_start = now  # when they connected, were lost or began to close
         self.rejected = ""  # the reason why they may not join
+        self.lost = ""  # why nothing can be sent any more
         self.name = ""
         self.asked = 0  # prompts for a name so far
         self.operator = False
@@ -954,7 +955,7 @@ class Chat:
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
-                self.disconnect(person, "the connection ended")
+                self.disconnect(person, person.lost or "the connection ended")
             elif person.state is CHATTING:
                 self._take_line(person, message)
             elif message is CONNECTED:
@@ -1455,8 +1456,6 @@ class Reactor:
         except BlockingIOError:
             return
         except OSError as error:
-            if conn not in self.with_input:
-                raise
             self._lose(conn, error.strerror)  # what they sent before is still said
             data = b""
         conn.unanswered = 0
@@ -1534,11 +1533,8 @@ class Reactor:
     def _lose(self, conn: Connection, why: str | None) -> None:
         """Send nothing more, or a peer might read past a gap; still process what was read."""
         if not conn.outbox.write_closed:
-            level = logging.INFO if conn.state is CHATTING else logging.DEBUG
-            logger.log(level, "%s was lost: %s", conn.origin, why)
-            if conn.state is not CLOSING:
-                conn.timer_start = self.now
-            self.chat.changed[conn] = None
+            conn.lost = why or "lost"
+            conn.timer_start = self.now
             conn.outbox.close_writes()
             self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already

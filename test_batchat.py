@@ -804,14 +804,12 @@ class SimulatedSocket(SimulatedFile):
     def recv(self, most: int) -> bytes:
         peer, world = self.peer, self.world
         assert most <= batchat.READ_SIZE
-        was_ready = peer.connection in world.reactor.with_input
         try:
             self.call("recv")
-        except OSError as error:
-            if was_ready:  # the same as a reset: what the server has read is still said
-                self.failed, self.end_seen = 0, True
-                peer.break_down(error.errno, loses=True)
-                self.see_error()
+        except OSError as error:  # the same as a reset: what the server has read is still said
+            self.failed, self.end_seen = 0, True
+            peer.break_down(error.errno, loses=True)
+            self.see_error()
             raise
         most = min(most, world.segment)
         data, peer.arrived = peer.arrived[:most], peer.arrived[most:]
@@ -2374,7 +2372,7 @@ def test_lines_sent_before_a_reset_are_said(houses, caplog):
         house.wait(1)
     said = "".join(f"<jonny> line {n}\n" for n in range(5000)) + "* jonny has quit the chat\n"
     assert mike.got.endswith(crlf(said))
-    assert "was lost: Connection reset by peer" in caplog.text
+    assert "jonny left: Connection reset by peer" in caplog.text
 
 
 def test_paste_is_paced_and_arrives_whole(paced):
