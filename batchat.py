@@ -145,7 +145,6 @@ HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
 CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
 SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
 LOST_SECONDS = 120.0  # to process what somebody sent before a reset
-PING_SECONDS = 30.0  # between WebSocket pings
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
 POLL_SECONDS = 0.05  # shortest wait for tokens; between two sends to those who lag
@@ -168,7 +167,8 @@ BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 OWN_DESCRIPTORS = 16  # log, signals and so on
 SPARE_CONNECTIONS = 16  # for those who depart, where all places are taken
-PINGS_LIMIT = 3  # WebSocket pings in a row without an answer: the peer is lost
+PING_TICKS = 30  # of silence before each WebSocket ping
+SILENT_TICKS = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
 
 # Tokens: an allowance of --rate a second.
 BURST_SECONDS = 5  # of the rate: what can be saved up
@@ -1183,7 +1183,7 @@ class Connection(Person):
         self.unscanned = 0  # bytes not searched for Ctrl-C; some may be fed by now
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
-        self.unanswered = 0  # pings since they sent anything
+        self.silent = 0  # ticks since they sent anything, while nothing was pending
 
 
 class Reactor:
@@ -1214,7 +1214,6 @@ class Reactor:
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
         self.paused = False  # somebody is lagging: no input is processed
         self.tick_at = self.now  # the first tick registers the listeners
-        self.ping_at = self.now + PING_SECONDS
         self.ends_at = NEVER  # when a stopped server ends, at the latest
 
     def run(self) -> bool:
@@ -1345,35 +1344,28 @@ class Reactor:
         return [each for each in self.blocked if each.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
-        """Once a second: retry what failed, ping, check deadlines."""
+        """Once a second: retry what failed, and check everyone."""
         self.tick_at = self.now + TICK_SECONDS
         for listener in self.listeners:
             self._register(listener)
         self.limiter.tick()
-        pings = self.now >= self.ping_at
-        if pings:
-            self.ping_at = self.now + PING_SECONDS
         for conn in list(self.connections):
-            if pings and conn.protocol.opened and conn.protocol.PING_DATA:
-                self._guard(self._ping, conn)
-            if self.now >= conn.deadline:
-                self._guard(self._on_deadline, conn)
+            self._guard(self._check, conn)
 
-    def _ping(self, conn: Connection) -> None:
-        """Ping a peer; it is lost if it has answered none of the last pings."""
-        if conn.outbox.has_pending or conn in self.with_input:
-            return
-        if conn.unanswered >= PINGS_LIMIT:
-            self._lose(conn, "it answers no ping")
-        else:
-            conn.unanswered += 1
-            self.chat.send_raw(conn, conn.protocol.PING_DATA)
-
-    def _on_deadline(self, conn: Connection) -> None:
-        if conn.state is CLOSING or conn.outbox.write_closed:
-            self._drop(conn, "lost")
-        else:
-            self.chat.disconnect(conn, "timeout")
+    def _check(self, conn: Connection) -> None:
+        """End what takes too long, and ping a WebSocket that is silent."""
+        ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
+        if self.now >= conn.deadline:
+            if conn.state is CLOSING or conn.outbox.write_closed:
+                self._drop(conn, "lost")
+            else:
+                self.chat.disconnect(conn, "timeout")
+        elif ping and not conn.outbox.has_pending and conn not in self.with_input:
+            conn.silent += 1
+            if conn.silent >= SILENT_TICKS:
+                self._lose(conn, "it answers no ping")
+            elif conn.silent % PING_TICKS == 0:
+                self.chat.send_raw(conn, ping)
 
     # Callers
     def _register(self, listener: socket.socket) -> None:
@@ -1458,7 +1450,7 @@ class Reactor:
         except OSError as error:
             self._lose(conn, error.strerror)  # what they sent before is still said
             data = b""
-        conn.unanswered = 0
+        conn.silent = 0
         conn.read_buffer += data
         conn.unscanned += len(data)
         conn.eof = not data
