@@ -1297,10 +1297,8 @@ class Reactor:
         for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
             if self.clock() > until:
                 return
-            is_ready = conn in self.with_input and self._ready_at(conn) <= self.now
-            if is_ready:
-                self.with_input[conn] = self.with_input.pop(conn)  # equals take turns
-            if is_ready or conn.unscanned:  # Ctrl-C counts even while they wait
+            # Ctrl-C counts even while they wait.
+            if self._ready_at(conn) <= self.now or conn.unscanned:
                 self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
@@ -1478,17 +1476,16 @@ class Reactor:
                 self.chat.handle(conn, message)
                 if message is CONNECTED:
                     self._evict(conn)  # a proxy may have told another address
-            elif conn.read_buffer:
-                if fed:
-                    return
-                data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
-                fed = True
-                self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
-                protocol.feed(data)
-            elif conn.eof:
-                protocol.feed(b"")
-            else:
+            elif not conn.read_buffer and not conn.eof:
                 break
+            elif fed:
+                return
+            else:
+                self.with_input[conn] = self.with_input.pop(conn)  # equals take turns
+                fed, data = True, conn.read_buffer[:size]
+                conn.read_buffer = conn.read_buffer[size:]
+                self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
+                protocol.feed(data)  # b"" is the end of the stream
         self.with_input.pop(conn, None)
 
     def _reconcile(self, conn: Connection) -> None:
