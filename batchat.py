@@ -1500,13 +1500,13 @@ class Reactor:
         if conn.state is CLOSING:
             conn.read_buffer = b""
             self.with_input.pop(conn, None)
-            if not outbox.has_pending:
-                if conn.eof:
-                    self._close(conn)
-                    return
-                # Closing with input unread resets the connection (RFC 1122, 4.2.2.13).
-                with suppress(OSError):  # the peer is gone already
-                    conn.sock.shutdown(socket.SHUT_WR)
+        if conn.is_done:
+            if conn.eof:
+                self._close(conn)
+                return
+            # Closing with input unread resets the connection (RFC 1122, 4.2.2.13).
+            with suppress(OSError):  # the peer is gone already
+                conn.sock.shutdown(socket.SHUT_WR)
         reads = not conn.eof and len(conn.read_buffer) < READ_AHEAD
         self._watch(conn, READ * reads | WRITE * (conn in self.blocked))
 
