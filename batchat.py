@@ -1202,7 +1202,6 @@ class Reactor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.listeners = dict(listeners)  # until the server is stopped
-        self.settings = settings
         self.selector = selector or selectors.DefaultSelector()
         self.clock = clock
         self.now = clock()  # when this iteration began
@@ -1403,7 +1402,7 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        protocol.behind_proxy = self.settings.behind_proxy and conn.host.address == LOCALHOST
+        protocol.behind_proxy = self.chat.settings.behind_proxy and conn.host.address == LOCALHOST
         if protocol.opened:
             self.chat.greet(conn)
         self._reconcile(conn)
@@ -1457,7 +1456,7 @@ class Reactor:
     def _process_input(self, conn: Connection) -> None:
         """Handle messages, and feed the protocol once; `return` keeps them in `with_input`."""
         protocol = conn.protocol
-        size, fed = BYTES_PER_TOKEN if self.settings.rate else READ_SIZE, False
+        size, fed = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE, False
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
