@@ -1344,7 +1344,11 @@ class Reactor:
         """Once a second: retry what failed, and check everyone."""
         self.tick_at = self.now + TICK_SECONDS
         for listener in self.listeners:
-            self._register(listener)
+            if listener not in self.selector.get_map():
+                with suppress(OSError):  # the next tick tries again
+                    listener.setblocking(False)
+                    accept = functools.partial(self._accept, listener)
+                    self.selector.register(listener, READ, accept)
         self.limiter.tick()
         for conn in list(self.connections):
             self._guard(self._check, conn)
@@ -1365,14 +1369,6 @@ class Reactor:
                 self.chat.send_raw(conn, ping)
 
     # Callers
-    def _register(self, listener: socket.socket) -> None:
-        if listener not in self.selector.get_map():
-            try:
-                listener.setblocking(False)
-                self.selector.register(listener, READ, functools.partial(self._accept, listener))
-            except OSError as error:
-                logger.warning("can't wait for callers: %s", error.strerror)
-
     def _accept(self, listener: socket.socket) -> None:
         """Accept callers, unless the server was stopped in this iteration."""
         for _ in range(ACCEPT_BATCH if self.listeners else 0):
