@@ -255,7 +255,7 @@ class Outbox:
         self.cursor = FOREVER
         self.splices: deque[tuple[int, bytes, int]] = deque()
         self.private_bytes = 0  # in all splices
-        self.write_closed = False  # the connection is lost: nothing can be sent any more
+        self.write_closed = False  # nothing can be sent any more
 
     @property
     def lag(self) -> int:
@@ -540,8 +540,7 @@ class Telnet(Protocol):
 # CHATTING       kicked                                CLOSING; the others are told
 # both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
-#                a reset, no answer to pings           lost (`outbox.write_closed`): the input is
-#                                                      still said, then CLOSING
+#                a reset, no answer to pings           `lost`: the input still counts; CLOSING
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
@@ -576,7 +575,7 @@ class Person:
         """When this state ends at the latest."""
         if self.state is CLOSING:
             return self.timer_start + CLOSING_SECONDS
-        if self.outbox.write_closed:
+        if self.lost:
             return self.timer_start + LOST_SECONDS
         if self.state is CHATTING:
             return NEVER
@@ -661,7 +660,7 @@ class Limiter:
             quota.connections += 1
             if quota.limit and quota.free < 0:
                 person.rejected = code
-        if person.rejected or person.outbox.write_closed:
+        if person.rejected or person.lost:
             self.mark_departing(person)
         if self.settings.rate:
             self._move_back(person, JOIN_TOKENS)  # else newcomers would always be first
@@ -1357,7 +1356,7 @@ class Reactor:
         """End what takes too long, and ping a WebSocket that is silent."""
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.now >= conn.deadline:
-            if conn.state is CLOSING or conn.outbox.write_closed:
+            if conn.state is CLOSING or conn.lost:
                 self._drop(conn, "lost")
             else:
                 self.chat.disconnect(conn, "timeout")
@@ -1516,7 +1515,7 @@ class Reactor:
 
     def _lose(self, conn: Connection, why: str | None) -> None:
         """Send nothing more, or a peer might read past a gap; still process what was read."""
-        if not conn.outbox.write_closed:
+        if not conn.lost:
             conn.lost = why or "lost"
             conn.timer_start = self.now
             conn.outbox.close_writes()
@@ -1534,13 +1533,12 @@ class Reactor:
 
     def _drop(self, conn: Connection, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
-        if conn in self.connections:
-            if conn.state is not CLOSING:
-                self.chat.disconnect(conn, reason)
-            # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
-            with suppress(OSError):  # it is closed next
-                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            self._close(conn)
+        if conn.state is not CLOSING:
+            self.chat.disconnect(conn, reason)
+        # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
+        with suppress(OSError):  # it is closed next
+            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._close(conn)
 
     def _close(self, conn: Connection) -> None:
         for kept in (self.connections, self.with_input, self.blocked):
