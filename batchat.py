@@ -361,7 +361,7 @@ class Protocol:
         """The next line or signal; None if more must be read first."""
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        """Obey Ctrl-C in `unfed`, of which the last `new` bytes were not searched yet.
+        """Obey Ctrl-C in `unfed`, of which the last `new` bytes, or all, were not searched yet.
 
         Returns whether there was one, now or before: then all lines that wait are dropped.
         """
@@ -508,7 +508,7 @@ class Telnet(Protocol):
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
         if CTRL_C not in self._text:
-            searched = len(unfed) - new
+            searched = max(0, len(unfed) - new)
             if not searched:  # start where `feed` stopped
                 self._search_rest = self._rest
             text, self._search_rest, replies = split_commands(self._search_rest + unfed[searched:])
@@ -1457,8 +1457,7 @@ class Reactor:
             if self._ready_at(conn) > self.now:
                 if conn.state is AWAITING_NAME:
                     return  # Ctrl-C waits its turn
-                new = min(conn.unscanned, len(conn.read_buffer))
-                conn.unscanned = 0
+                new, conn.unscanned = conn.unscanned, 0
                 if not protocol.take_interrupt(conn.read_buffer, new):
                     return
                 # Ctrl-C was found: next() returns DISCONNECT.
