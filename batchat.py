@@ -341,14 +341,10 @@ class Protocol:
     ECHO = False  # whether speakers are sent what they say
     PING_DATA = b""  # a ping, where the protocol has one
 
+    opened = True  # whether events can be sent
     replies = b""  # what the protocol itself answers
     behind_proxy = False  # trust the peer's X-Forwarded-For
     caller = ""  # the address in it
-
-    @property
-    def opened(self) -> bool:
-        """Whether events can be sent."""
-        return True
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -358,7 +354,7 @@ class Protocol:
         """Take what the peer sent; b"" is the end of the stream."""
 
     def next(self) -> Message | None:
-        """The next line or signal; None if more must be read first."""
+        """The next line or signal, DISCONNECT last; None if more must be read first."""
 
     def take_interrupt(self, unfed: bytes, new: int) -> bool:
         """Obey Ctrl-C in `unfed`, of which the last `new` bytes, or all, were not searched yet.
@@ -1806,10 +1802,6 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
-# What comes next: the request's head, frames, or nothing.
-HEAD, FRAMES, NOTHING = range(3)
-
-
 class Web(Protocol):
     """A browser or a bot: one HTTP request, which gets a response or opens a WebSocket.
 
@@ -1819,16 +1811,13 @@ class Web(Protocol):
     ECHO = True  # the confirmation, with the id of the event
     PING_DATA = frame(PING, b"")
 
+    opened = False  # until the request opens a WebSocket
+
     def __init__(self) -> None:
-        self._state = HEAD
         self._data = b""
         self._ended = False  # nothing more will be fed
         self._message: bytes | None = None  # the fragments so far of a message
         self._lines: deque[str] = deque()  # the rest of the last message
-
-    @property
-    def opened(self) -> bool:
-        return self._state is FRAMES
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -1841,10 +1830,8 @@ class Web(Protocol):
     def next(self) -> Message | None:
         try:
             while not self._lines:
-                if self._state is HEAD:
+                if not self.opened:
                     return self._parse_head()
-                if self._state is NOTHING:
-                    return DISCONNECT
                 if not self._parse_frame():
                     return DISCONNECT if self._ended else None
             return clean(self._lines.popleft())
@@ -1853,7 +1840,7 @@ class Web(Protocol):
             return DISCONNECT
 
     def close(self, reason: str) -> bytes:
-        if self._state is FRAMES:
+        if self.opened:
             self._end(CLOSE_CODES.get(reason, 1000))
         return self.replies
 
@@ -1899,11 +1886,11 @@ class Web(Protocol):
         accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
         lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS[:2], accept, "", ""]
         self.replies += "\r\n".join(lines).encode()
-        self._state, self._data = FRAMES, rest
+        self.opened, self._data = True, rest
         return CONNECTED
 
     def _respond(self, code: int, *more: str, body: str = "", kind: str = "plain") -> int:
-        """Send a response with `more` headers, and read nothing more (RFC 9110)."""
+        """Send a response with `more` headers, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
         lines = [
@@ -1920,11 +1907,10 @@ class Web(Protocol):
         self.replies += "\r\n".join([*lines, "", ""]).encode()
         if not self._data.startswith(b"HEAD "):
             self.replies += data
-        self._state = NOTHING
         return DISCONNECT
 
     def _parse_frame(self) -> bool:
-        """Parse the next frame; False if it is not complete."""
+        """Parse the next frame; False if it is not complete, or was the last."""
         data = self._data
         if len(data) < 2:
             return False
@@ -1955,7 +1941,7 @@ class Web(Protocol):
             code = int.from_bytes(payload[:2], "big")
             known = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
             payload[2:].decode()  # the reason, or 1007
-            self._end(code if known or not payload else 1002)
+            return self._end(code if known or not payload else 1002)
         elif opcode != PONG:
             message = (self._message or b"") + payload
             self._message = None if final else message
@@ -1964,10 +1950,10 @@ class Web(Protocol):
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame, and read nothing more; code 0 is none.  True: all is parsed."""
+        """Send a close frame, and parse nothing more; code 0 is none."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
-        self._state = NOTHING
-        return True
+        self.opened, self._ended = False, True
+        return False
 
 
 STYLE = """
