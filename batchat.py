@@ -1889,7 +1889,7 @@ class Web(Protocol):
             "Connection: close",
             "Cache-Control: no-cache",
             "X-Content-Type-Options: nosniff",
-            f"Content-Security-Policy: {page_policy()}",
+            f"Content-Security-Policy: {PAGE_POLICY}",
             *more,
         ]
         self.replies += "\r\n".join([*lines, "", ""]).encode()
@@ -2324,15 +2324,12 @@ PAGE = f"""<!DOCTYPE html>
 </footer><script>{SCRIPT}</script>
 """  # noqa: E501
 
-
-@functools.lru_cache
-def page_policy() -> str:
-    """What the page may do: run its own script and style, by their hashes."""
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest('sha256', SCRIPT)}'; "
-        f"style-src 'sha256-{digest('sha256', STYLE)}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+# What the page may do: run its own script and style, by their hashes.
+PAGE_POLICY = (
+    f"default-src 'none'; script-src 'sha256-{digest('sha256', SCRIPT)}'; "
+    f"style-src 'sha256-{digest('sha256', STYLE)}'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 if __name__ == "__main__":
