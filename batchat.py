@@ -39,7 +39,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, TextIO, Union
 
 try:
     import resource
@@ -1635,57 +1635,49 @@ def announce(host: str | None, ports: list[int]) -> None:
         text += f", or in a browser: http://{site}:{port}/"
     if not host:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
-    data = f"{text}\n".encode("utf-8", "replace")
     # Not print(): at exit, it would try again to write the rest, and fail.
-    if sys.stdout is None or write_at_once(sys.stdout.fileno(), data) < len(data):
+    if not write_at_once(sys.stdout, f"{text}\n"):
         logger.info("%s", text)
 
 
-def write_at_once(descriptor: int, data: bytes) -> int:
-    """Write without waiting for a reader; returns how many bytes."""
+def write_at_once(stream: TextIO | None, text: str) -> bool:
+    """Write without waiting for a reader; returns whether all was written."""
+    if stream is None:  # it was closed when we started
+        return False
+    descriptor, data = stream.fileno(), text.encode("utf-8", "backslashreplace")
     # Non-blocking only for now: the shell may use the same terminal.  Not on Windows.
     blocking = os.name != "nt" and os.get_blocking(descriptor)
     try:
         if blocking:
             os.set_blocking(descriptor, False)
-        return os.write(descriptor, data)
+        return os.write(descriptor, data) == len(data)
     except OSError:  # it is full, or has no reader
-        return 0
+        return False
     finally:
         if blocking:
             os.set_blocking(descriptor, True)
 
 
 class NonBlockingHandler(logging.Handler):
-    """Writes the log to a descriptor without ever waiting for its reader.
+    """Writes the log to standard error without ever waiting for its reader.
 
-    Lines that come while an earlier one is not written yet are left out, and counted.
+    Lines that were not written as a whole are counted.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self.descriptor = descriptor
-        self.lost = 0  # lines
-        self.unwritten = b""
+    lost = 0  # lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        lost = f"... {self.lost} lines of the log were lost\n" if self.lost else ""
-        line = f"{lost}{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        data = self.unwritten + line
-        written = write_at_once(self.descriptor, data)
-        if written < len(self.unwritten):
-            self.lost += 1
-            self.unwritten = self.unwritten[written:]
-        else:
-            self.lost, self.unwritten = 0, data[written:]
+        # The line before may be cut.
+        lost = f"\n... {self.lost} lines of the log were lost\n" if self.lost else ""
+        written = write_at_once(sys.stderr, f"{lost}{self.format(record)}\n")
+        self.lost = 0 if written else self.lost + 1
 
 
 def start_logging(level: int) -> None:
     """Log to standard error, with the time unless systemd's journal adds it."""
     if sys.stderr is None:
         return  # descriptor 2 may be a socket now
-    handler = NonBlockingHandler(sys.stderr.fileno())
-    found = os.fstat(handler.descriptor)
+    handler, found = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
     if os.environ.get("JOURNAL_STREAM") != f"{found.st_dev}:{found.st_ino}":
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)

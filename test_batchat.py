@@ -3219,25 +3219,27 @@ def test_hostile_input_is_no_dearer_than_plain(kind, number):
     assert hostile < 20 * plain + 1e-3
 
 
-def test_unread_log_delays_nobody():
-    """Lines that a pipe does not take are counted; of a part, the rest follows."""
+def test_unread_log_delays_nobody(monkeypatch):
+    """Lines that a pipe does not take as a whole are counted."""
     reader, writer = os.pipe()
-    handler, long = batchat.NonBlockingHandler(writer), "x" * 100_000  # more than fits
+    monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w"))
+    handler, long = batchat.NonBlockingHandler(), "x" * 100_000  # more than fits
 
     def log(*lines: str):
         for line in lines:
             handler.emit(batchat.logger.makeRecord("", 0, "", 0, line, (), None))
 
-    thread = threading.Thread(target=log, args=[long] * 20, daemon=True)
+    thread = threading.Thread(target=log, args=["first", *[long] * 20], daemon=True)
     thread.start()
     thread.join(TIMEOUT)
     assert not thread.is_alive() and os.get_blocking(writer)  # for others who write to it
     got = os.read(reader, 1 << 20)
-    log("next")
+    log("next", "last")
     got += os.read(reader, 1 << 20)
-    assert got.decode() == f"{long}\n... 19 lines of the log were lost\nnext\n"
+    pattern = r"first\nx+\n\.\.\. 20 lines of the log were lost\nnext\nlast\n"
+    assert re.fullmatch(pattern, got.decode())
+    sys.stderr.close()
     os.close(reader)
-    os.close(writer)
 
 
 @cases("journal, time_", (True, ""), (False, r"[-\d]+ [:\d]+ "))
