@@ -1687,14 +1687,11 @@ def start_logging(level: int) -> None:
 def stop_on_signals(reactor: Reactor) -> None:
     """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once."""
     reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())  # written to by a signal
 
     def on_signal(signum: int, frame: object) -> None:
-        # SIGHUP may come twice, from shell and kernel.
-        if signum in (signal.SIGINT, signal.SIGTERM):
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, signal.SIG_DFL)
+        writer.send(b"!")  # wakes the event loop, which may be anywhere now
+        for each in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
+            signal.signal(each, signal.SIG_DFL)
 
     def on_wakeup() -> None:  # of the event loop
         reader.recv(16)
