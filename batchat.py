@@ -1799,7 +1799,7 @@ class Web(Protocol):
         self._data = b""
         self._ended = False  # nothing more will be fed
         self._message: bytes | None = None  # the fragments so far, within a message
-        self._lines: deque[str] = deque()  # the rest of the last message
+        self._lines: deque[bytes] = deque()  # the rest of the last message
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -1810,16 +1810,12 @@ class Web(Protocol):
         self._ended = not data
 
     def next(self) -> Message | None:
-        try:
-            while not self._lines:
-                if not self.opened:
-                    return self._parse_head()
-                if not self._parse_frame():
-                    return DISCONNECT if self._ended else None
-            return clean(self._lines.popleft())
-        except UnicodeDecodeError:  # in a frame
-            self._end(1007)
-            return DISCONNECT
+        while not self._lines:
+            if not self.opened:
+                return self._parse_head()
+            if not self._parse_frame():
+                return DISCONNECT if self._ended else None
+        return clean(decode_line(self._lines.popleft()))
 
     def close(self, reason: str) -> bytes:
         if self.opened:
@@ -1917,7 +1913,7 @@ class Web(Protocol):
             message, final = before + payload, data[0] & FINAL
             self._message = None if final else message
             if final:  # in bytes, only CR and LF end lines; the last needs no end
-                self._lines = deque(line.decode() for line in message.splitlines() or [b""])
+                self._lines = deque(message.splitlines() or [b""])
         return True
 
     def _end(self, code: int) -> bool:
