@@ -37,7 +37,6 @@ import unicodedata
 from base64 import b64encode
 from collections import defaultdict, deque
 from contextlib import suppress
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Callable, Dict, Iterable, NamedTuple, TextIO, Union
 
@@ -1740,7 +1739,6 @@ def main(arguments: list[str] | None = None) -> int:
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 FIELD = r"\r?\n([^\s:]+):([^\r\n]*)"
 REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{FIELD})*)")
-UPGRADE_HEADERS = ("Upgrade: websocket", "Connection: Upgrade")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
@@ -1836,46 +1834,43 @@ class Web(Protocol):
                 self.caller = str(ipaddress.ip_address(nearest.partition("%")[0]))  # no zone
         except ValueError:
             return self._respond(400)
-        if path not in ("/", "/hello", "/chat"):
-            return self._respond(404)
         if method not in ("GET", "HEAD"):
-            return self._respond(405, "Allow: GET, HEAD")
+            return self._respond(405)
         if path == "/chat":
             return self._upgrade(fields, rest[0])
         if path == "/hello":
-            return self._respond(200, body="Hello, World!")
-        return self._respond(200, body=PAGE, kind="html")
+            return self._respond(200, "Hello, World!")
+        if path == "/":
+            return self._respond(200, PAGE, "html")
+        return self._respond(404)
 
     def _upgrade(self, fields: dict[str, str], rest: bytes) -> Message:
         """Open a WebSocket (RFC 6455, section 4.2); `rest` came after the head."""
         if "websocket" not in fields.get("upgrade", "").lower():
-            return self._respond(426, *UPGRADE_HEADERS)
+            return self._respond(426)
         # Another site's page may call here, but it can't lie about its origin.
         host = fields.get("host", "").lower()
         ours = (f"http://{host}", f"https://{host}")
         if fields.get("origin", ours[0]).lower() not in ours:
             return self._respond(403)
-        key = fields.get("sec-websocket-key", "")
-        accept = f"Sec-WebSocket-Accept: {digest('sha1', key + WEBSOCKET_GUID)}"
-        lines = ["HTTP/1.1 101 Switching Protocols", *UPGRADE_HEADERS, accept, "", ""]
-        self.replies += "\r\n".join(lines).encode()
+        accept = digest("sha1", fields.get("sec-websocket-key", "") + WEBSOCKET_GUID)
+        lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
+        self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
         self.opened, self._data = True, rest
         return CONNECTED
 
-    def _respond(self, code: int, *more: str, body: str = "", kind: str = "plain") -> int:
-        """Send a response with `more` headers, and close (RFC 9110)."""
+    def _respond(self, code: int, body: str = "", kind: str = "plain") -> int:
+        """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
         lines = [
             f"HTTP/1.1 {code} {status.phrase}",
-            f"Date: {formatdate(usegmt=True)}",
             f"Content-Type: text/{kind}; charset=utf-8",
             f"Content-Length: {len(data)}",
             "Connection: close",
             "Cache-Control: no-cache",
             "X-Content-Type-Options: nosniff",
             f"Content-Security-Policy: {PAGE_POLICY}",
-            *more,
         ]
         self.replies += "\r\n".join([*lines, "", ""]).encode()
         if not self._data.startswith(b"HEAD "):

@@ -28,7 +28,6 @@ import urllib.request
 import weakref
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
@@ -82,7 +81,7 @@ def messages_of(protocol: Protocol, *reads: bytes) -> tuple[list, bytes]:
             if message is None:
                 break
             messages.append(message)
-    return messages, re.sub(rb"\r\nDate: .*", b"", protocol.replies)
+    return messages, protocol.replies
 
 
 def telnet(*reads: bytes) -> tuple[list, bytes]:
@@ -1281,8 +1280,7 @@ def no_error_of_ours(**limits):
         assert isinstance(sys.exc_info()[1], OurError), "an internal error"
 
     ours = mock.Mock(exception=mock.Mock(side_effect=exception))
-    date = mock.Mock(return_value="Tue, 15 Nov 1994 08:12:31 GMT")
-    with mock.patch.multiple(batchat, logger=ours, formatdate=date, **limits):
+    with mock.patch.multiple(batchat, logger=ours, **limits):
         yield
 
 
@@ -3349,12 +3347,7 @@ ASK_PAGE = f"{PLAIN}\r\nHost: x\r\n\r\n".encode()
     (431, [{"Cookie": "x" * 8192}]),
 )
 def test_http_status(status, how):
-    got, headers, _ = asked(request(*how))
-    assert got == status
-    if status == 405:
-        assert headers["Allow"] == "GET, HEAD"
-    if status == 426:
-        assert headers["Upgrade"] == "websocket"
+    assert asked(request(*how))[0] == status
 
 
 def test_http_head_over_8_kib_is_refused():
@@ -3364,13 +3357,9 @@ def test_http_head_over_8_kib_is_refused():
 
 
 def test_http_response_has_its_headers():
-    before, web = int(time.time()), Web()
-    web.feed(ASK_PAGE)
-    assert web.next() == DISCONNECT
-    lines = {b"Connection: close", b"X-Content-Type-Options: nosniff", b"Cache-Control: no-cache"}
-    assert lines <= {*web.replies.split(b"\r\n")}
-    date = re.search(rb"\r\nDate: (\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT)\r\n", web.replies)[1]
-    assert before <= parsedate_to_datetime(date.decode()).timestamp() <= time.time()
+    _, headers, _ = asked(ASK_PAGE)
+    wanted = {"Connection": "close", "X-Content-Type-Options": "nosniff"}
+    assert {**headers, **wanted, "Cache-Control": "no-cache"} == headers
 
 
 @cases("path", "/", "/hello", "/nothing", "/ not one", f"/{LONG * 3}")
