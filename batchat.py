@@ -40,11 +40,6 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Callable, Dict, Iterable, NamedTuple, TextIO, Union
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 __version__ = "1.1.0"
 
 logger = logging.getLogger("batchat")
@@ -1602,7 +1597,9 @@ def read_password(path: str) -> str:
 
 def raise_descriptor_limit() -> int:
     """Raise the limit of open descriptors as far as possible; returns it."""
-    if resource is None:
+    try:
+        import resource
+    except ImportError:
         return 512  # what select() takes on Windows
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS allows less than it says
