@@ -1919,12 +1919,13 @@ STYLE = """
 :root { color-scheme: light dark; --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42);
   --own: light-dark(#0b5394, #8fc1ff); }
 * { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
-body, main { display: flex; flex-direction: column; } main { flex: 1; overflow-y: auto; } #lines { margin-top: auto; }
-body { height: 100dvh; background: Canvas;
+body { display: flex; flex-direction: column; height: 100dvh; background: Canvas;
   font: 16px/1.45 ui-monospace, Consolas, monospace; }
+/* Reversed, it is scrolled from its end: the browser keeps the newest line in sight, or what is being read. */
+main { flex: 1; display: flex; flex-direction: column-reverse; overflow-y: auto; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
-#lines div { contain-intrinsic-height: auto 145em; } #lines div:nth-last-child(n+3) { content-visibility: auto; }
+#lines div { content-visibility: auto; contain-intrinsic-height: auto 145em; }
 main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wrap: anywhere; }
 main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .gap { padding: .4em 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
@@ -1980,7 +1981,6 @@ let pending = [];  // own lines that have not come back
 let queue = [], queued = 0;  // events to paint; their size
 let block, space = 0;  // the last block; what it still takes
 let lastDay = new Date().toDateString();
-let following = true, sizes;  // whether the end stays in sight; sizes at that time
 let below = 0;  // new lines below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
 let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; the one shown
@@ -2146,7 +2146,7 @@ function soon(what) {  // run `what` at most once every 40 ms
 }
 const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
 function paint() {  // at most one block at a time
-  scrolled();  // its event may be yet to come
+  const following = isAtEnd();
   if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
   while (queue.length && space > 0) {
     const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
@@ -2159,7 +2159,6 @@ function paint() {  // at most one block at a time
   if (lines.childElementCount > BLOCKS) lines.firstChild.remove();
   pendingBox.replaceChildren(...pending.slice(0, 20).map(own => paragraph({ ...own, how: "pending" })));
   if (queue.length) paintSoon();
-  if (following) toEnd();
   updateCounts();
 }
 function paragraph(event) {
@@ -2197,21 +2196,16 @@ function linked(text) {  // a link that does not go where it seems to is followe
     return [element("a", attributes, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
 }
-const sizesNow = () => `${log.clientHeight} ${log.scrollHeight}`;
-function toEnd() { log.scrollTop = log.scrollHeight; [following, sizes] = [true, sizesNow()]; }
-function scrolled() {  // by the user, unless a size has changed
-  if (following && sizes !== sizesNow()) toEnd();
-  else following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-}
+const isAtEnd = () => log.scrollTop > -1;
+function toEnd() { log.scrollTop = 0; }
 function updateCounts() {
-  if (following) below = 0;
+  if (isAtEnd()) below = 0;
   belowButton.hidden = !below;
   belowButton.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
   document.title = unread ? `(${mentioned ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
-log.onscroll = () => { scrolled(); updateCounts(); };
-belowButton.onclick = () => { toEnd(); updateCounts(); input.focus(); };
-for (const each of [log, lines]) new ResizeObserver(() => following && toEnd()).observe(each);
+log.onscroll = updateCounts;
+belowButton.onclick = () => { toEnd(); input.focus(); };
 document.onvisibilitychange = () => { [unread, mentioned] = [0, false]; updateCounts(); };
 
 // The keyboard
@@ -2289,7 +2283,7 @@ PAGE = f"""<!DOCTYPE html>
 <title>BATCHAT</title><link rel="icon" href="data:,">
 <style>{STYLE}</style>
 <header><h1>BATCHAT</h1><details hidden><summary></summary><ul></ul></details></header>
-<main tabindex="0" aria-label="Chat"><div id="lines" role="log"></div><div id="pending"></div></main>
+<main tabindex="0" aria-label="Chat"><div><div id="lines" role="log"></div><div id="pending"></div></div></main>
 <footer><button id="more" hidden></button><p id="status" role="status"></p>
 <form><input dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus><button></button></form>
 </footer><script>{SCRIPT}</script>
