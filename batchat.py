@@ -1950,7 +1950,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 
 SHARED = {"templates": TEXT, "PROTOCOL": PROTOCOL_VERSION, "OP": OP, "LOST_SECONDS": LOST_SECONDS}
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
-const BLOCK = 6000, BLOCKS = 50;  // characters in a block; blocks that are kept
+const BLOCK = 50, BLOCKS = 80;  // lines in a block; blocks that are kept
 const TALK = ["said", "did", "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
@@ -1978,8 +1978,7 @@ let lastId;  // the highest one of an event that was shown
 let people = new Map();  // name -> whether an operator
 let hideNextPeople = false;  // the page itself sent /who
 let pending = [];  // own lines that have not come back
-let queue = [], queued = 0;  // events to paint; their size
-let block, space = 0;  // the last block; what it still takes
+let queue = [], block;  // events to paint; the last block of lines
 let lastDay = new Date().toDateString();
 let below = 0;  // new lines below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
@@ -2134,10 +2133,8 @@ function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed"
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
   }
-  const size = 50 + (event.text || "").length;  // with its name and time
-  queue.push({ ...event, how, size });
-  queued += size;
-  while (queued > BLOCKS * BLOCK) queued -= queue.shift().size;
+  queue.push({ ...event, how });
+  if (queue.length > BLOCKS * BLOCK) queue.shift();
   paintSoon();
 }
 function soon(what) {  // run `what` at most once every 40 ms
@@ -2147,13 +2144,11 @@ function soon(what) {  // run `what` at most once every 40 ms
 const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
 function paint() {  // at most one block at a time
   const following = isAtEnd();
-  if (space <= 0) { lines.append(block = element("div")); space = BLOCK; }
-  while (queue.length && space > 0) {
+  if (!block || block.childElementCount >= BLOCK) lines.append(block = element("div"));
+  while (queue.length && block.childElementCount < BLOCK) {
     const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
     if (day !== lastDay) block.append(paragraph({ type: "gap", text: lastDay = day }));
     block.append(paragraph(event));
-    space -= event.size;
-    queued -= event.size;
     if (!following && !event.how && !isOwn(event)) below += 1;
   }
   if (lines.childElementCount > BLOCKS) lines.firstChild.remove();

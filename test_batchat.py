@@ -4383,13 +4383,12 @@ def test_page_names_have_different_colours(page):
 @cases("count, length", (12000, 5), (1000, 4000))
 def test_page_keeps_the_last_lines(page, count, length):
     """The log is bounded, and so is what waits to be painted."""
-    bounded = f"return [{LAST}.className, queue.length, queued]"
-    last, waiting, queued = page.does(MANY % (count, json.dumps(said()), length) + bounded)
-    assert last != "said" and waiting <= 5000 and queued <= 500_000
+    bounded = f"return [{LAST}.className, queue.length]"
+    last, waiting = page.does(MANY % (count, json.dumps(said()), length) + bounded)
+    assert last != "said" and waiting <= 4000
     page.gives(f"queue.length === 0 && {LAST}.textContent.includes('<ann> {count - 1} ')")
-    kept, size = page.does("return [lines.querySelectorAll('p').length, lines.textContent.length]")
-    assert kept <= 5000 and size <= 500_000
-    assert kept > 4500 or size > 250_000
+    page.gives(f"lines.querySelectorAll('p').length > {min(count, 3900)}")
+    page.gives("lines.querySelectorAll('p').length <= 4000")
     page.gives(AT_END)
 
 
@@ -4398,9 +4397,9 @@ def test_page_paints_little_at_a_time(page):
         "window.painted = []; const one = paint; paint = () => {"
         "  const before = lines.textContent.length; one();"
         "  painted.push(lines.textContent.length - before); };"
-        + MANY % (50, json.dumps(said()), 4000)
+        + MANY % (500, json.dumps(said()), 100)
     )
-    page.gives("queue.length === 0 && painted.length >= 10 && Math.max(...painted) < 20000")
+    page.gives("queue.length === 0 && painted.length >= 10 && Math.max(...painted) < 7000")
 
 
 def test_page_makes_few_links_of_a_line(page):
