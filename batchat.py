@@ -1965,7 +1965,7 @@ try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 // The states, and what ends them (a lost connection: calling; one closed for good: left):
 // calling   a prompt: naming; welcome, for a name that we had: arriving
 // naming    welcome: arriving
-// arriving  the next event, which may be the history: chatting
+// arriving  the answer to our own /who: chatting
 // left      the user enters a name: calling
 let state, socket;
 let name, mentionPattern;  // ours; what finds it in a text
@@ -1976,7 +1976,6 @@ let awaySince = 0;  // when the room was lost
 let room, maxLine;  // of the last greeting
 let lastId;  // the highest one of an event that was shown
 let people = new Map();  // name -> whether an operator
-let hideNextPeople = false;  // the page itself sent /who
 let pending = [];  // own lines that have not come back
 let queue = [], block;  // events to paint; the last block of lines
 let lastDay = new Date().toDateString();
@@ -2009,10 +2008,7 @@ function disconnected({ code }) {
   }
 }
 function enter(next) { [state, pause, closing] = [next, 1, ""]; }
-function receive(event) {
-  if (state === "arriving" && event.type !== "history") resume(null);
-  (handlers[event.type] || show)(event);
-}
+function receive(event) { (handlers[event.type] || show)(event); }
 const handlers = {
   greeting(event) {
     const query = `?${event.protocol}`;
@@ -2041,10 +2037,9 @@ const handlers = {
     setName(event.name);
     if (!awaySince) show(event);
     [input.value, draft] = [draft + input.value, ""];
-    hideNextPeople = true;
-    socket.send("/who");  // which also ends arriving
+    socket.send("/who");
   },
-  history(event) { resume(event.events); },
+  history(event) { catchUp(event.events); },
   joined(event) { people.set(event.name, false); listSoon(); show(event); },
   quit: forgetName, kicked: forgetName,
   renamed(event) {
@@ -2054,7 +2049,10 @@ const handlers = {
   },
   people(event) {
     setPeople(event.people);
-    if (hideNextPeople) hideNextPeople = false; else show({ ...event, count: event.people.length, names: event.people });
+    if (state === "chatting") return show({ ...event, count: event.people.length, names: event.people });
+    catchUp(null);
+    giveUp();
+    state = "chatting";
   },
   closing(event) {
     if (event.code !== closing) show(event);  // not at every try
@@ -2075,7 +2073,7 @@ function loseName() {
   [draft, input.value] = [draft + input.value, ""];
 }
 function setStatus(text) { status.textContent = text; }
-function resume(events) {  // show what is new to us of the history; null if the server keeps none
+function catchUp(events) {  // show what is new to us of the history; null if the server keeps none
   let missed = (events || []).filter(event => event.id > lastId);
   if (awaySince) {
     const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
@@ -2086,8 +2084,7 @@ function resume(events) {  // show what is new to us of the history; null if the
     missed = [{ type: "history", since }, ...missed, { type: "history_end" }];
   }
   for (const event of missed) show(event, awaySince ? "" : "past");
-  [state, awaySince] = ["chatting", 0];
-  giveUp();
+  awaySince = 0;
 }
 
 // Own lines are pending until they come back

@@ -526,7 +526,7 @@ class Chromium(AbstractContextManager):
     def joins(self, server: Server, name: str):
         self.opens(server)
         self.enters(name)
-        self.gives("state === 'chatting' && !hideNextPeople")
+        self.gives("state === 'chatting'")
 
     def reloads(self):
         self._ask("POST", "/refresh")
