@@ -1972,7 +1972,7 @@ let name, mentionPattern;  // ours; what finds it in a text
 let draft = "";  // what was typed before we lost our name
 let closing;  // the last closing code
 let pause = 1;  // seconds until the next try
-let awaySince = 0;  // when the room was lost
+let awaySince = 0;  // when the room was lost, unless we left it
 let room, maxLine;  // of the last greeting
 let lastId;  // the highest one of an event that was shown
 let people = new Map();  // name -> whether an operator
@@ -2003,6 +2003,7 @@ function disconnected({ code }) {
   } else {
     setStatus((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
     enter("left");
+    awaySince = 0;
     loseName();
     giveUp();
   }
@@ -2026,8 +2027,8 @@ const handlers = {
   },
   error(event) {
     if (state === "calling") {
-      const isRetry = pause !== 1, maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection has it still
-      if (isRetry && maybeOurs && event.code === "name_taken") return socket.close();
+      const maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection has it still
+      if (maybeOurs && event.code === "name_taken") return socket.close();
       loseName();
     }
     show(event);

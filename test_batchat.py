@@ -4024,7 +4024,7 @@ def test_page_that_left_asks_for_a_name(mike, jonny):
     mike.shows("* The name jonny is taken.")
     mike.enters("ann")
     jonny.expect("* ann has joined the chat\n")
-    mike.shows("You were away for")
+    mike.shows("Hey, ann!")
 
 
 def test_page_reloads_for_another_protocol(mike, jonny):
