@@ -2088,18 +2088,11 @@ function catchUp(events) {  // show what is new to us of the history; null if th
   awaySince = 0;
 }
 
-// Own lines are pending until they come back
-function pendingOf(line) {  // the event that will come back, if any
-  const me = line.match(/^\s*\/me\s+(\S.*)/i), at = Date.now() / 1000;
-  if (me) return [{ type: "did", at, name, text: me[1].trimEnd() }];
-  if (/^\s*\/(?!\/)/.test(line)) return [];  // another command
-  return [{ type: "said", at, name, text: line.replace(/^\s*\/(\/.*?)\s*$/, "$1") }];
-}
+// Own lines are pending, as they were typed, until they come back
+const COMMAND = /^\s*\/(?!\/|me\s+\S)/i;  // one that says nothing
 function confirmPending(event) {  // if the server changed its text, it is the oldest
-  if (!["said", "did"].includes(event.type) || !isOwn(event)) return;
-  const i = pending.findIndex(own => own.text === event.text);
-  if (state === "chatting") pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
-  else if (i >= 0) pending.splice(i, 1);  // other lines of the history may be older than all pending ones
+  const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
+  pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
 }
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
@@ -2126,7 +2119,7 @@ function isMention(event) {
 function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
-  confirmPending(event);
+  if (["said", "did"].includes(event.type) && isOwn(event)) confirmPending(event);
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
@@ -2212,9 +2205,10 @@ function say(line) {  // returns whether the input may be cleared
   }
   socket.send(line);
   if (state !== "chatting") return true;
-  const kept = PASSWORD.test(line) ? [] : [line];
-  pending.push(...kept.flatMap(pendingOf));
-  typed.splice(-1, 1, ...kept, "");
+  if (!PASSWORD.test(line)) {
+    typed.splice(-1, 1, line, "");
+    if (!COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name, text: line });
+  }
   typedAt = typed.length - 1;
   toEnd();
   paintSoon();

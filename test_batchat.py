@@ -3827,7 +3827,7 @@ def test_page_shows_own_lines_as_pending(mike, page_server):
             mine = ["<mike> one", "** mike waves", "<mike> /two"]
             ann.expect("\n".join([*mine, ""]))
             mike.gives("pendingBox.childElementCount", 3)
-            assert mike.lines("#pending") == mine
+            assert mike.lines("#pending") == ["<mike> one", "<mike> /me waves", "<mike> //two"]
             assert mike.lines()[-1] == "* ann has joined the chat"
             ann.types("hi")
             relay.flows()
@@ -3894,7 +3894,8 @@ def test_page_loses_nothing_when_cut_off(mike, history):
         gap, *rest = mike.lines()[len(shown) :]
         note = "" if history else r" Messages of that time are not shown\."
         assert re.fullmatch(r"You were away for \d+ s\." + note, gap)
-        unsure = [f"{line} (not confirmed)" for line in (*heard, "<mike> not heard")]
+        sent = ("//heard ", "/me nods", "not heard")
+        unsure = [f"<mike> {line} (not confirmed)" for line in sent]
         assert rest == ([*heard, "<ann> missed", unsure[2]] if history else unsure)
         assert mike.lines()[: len(shown)] == shown
         what_is_new = mike.finds("#lines p", "className")[len(shown) + 1 :]
@@ -4417,7 +4418,7 @@ def test_page_is_quick_with_every_line(page):
     script = (
         "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => { completing = {};"
         "const start = performance.now(); input.value = event.text; complete(); isMention(event);"
-        "paragraph(event); pendingOf(event.text); PASSWORD.test(event.text); input.value = '';"
+        "paragraph(event); COMMAND.test(event.text); PASSWORD.test(event.text); input.value = '';"
         "return performance.now() - start; }));"
     )
     *times, plain = [page.does("const event = " + script % json.dumps(said(it))) for it in texts]
