@@ -1955,8 +1955,8 @@ const TALK = ["said", "did", "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
-const LINK =  // it has brackets only in pairs, and does not end with punctuation
-  /(https?:\/\/(?:[.,;:!?']*(?:[^\s<>".,;:!?'()[\]{}]|\([^\s<>"()]*\)|\[[^\s<>"[\]]*\]|\{[^\s<>"{}]*\}))+)/i;
+const LINK =  // parentheses only in pairs, and no punctuation at its end
+  /(https?:\/\/(?:[^\s<>"()]|\([^\s<>"()]*\))+(?<![.,;:!?'\]}]))/i;
 const find = selector => document.querySelector(selector);
 const [log, lines, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);

@@ -4191,7 +4191,7 @@ def test_page_links_go_where_they_seem_to(page):
         ("(http://example.com/x), and", "http://example.com/x"),
         ("https://example.com/Python_(language)", "https://example.com/Python_(language)"),
         ("(see https://example.com/a_(b)).", "https://example.com/a_(b)"),
-        ("[https://example.com/[a]]!?", "https://example.com/[a]"),
+        ("[https://example.com/?a[]=1]!?", "https://example.com/?a[]=1"),
         ("https://example.com/(((", "https://example.com/"),
         ("javascript:alert(1) ftp://x.example data:text/html,x", None),
         ("https://user:secret@example.com/ https://good.example@evil.example", None),
