@@ -1982,7 +1982,6 @@ let lastDay = new Date().toDateString();
 let below = 0;  // new lines below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
 let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; the one shown
-let completing = {};  // Tab: the names that fit, and where
 
 // The connection
 function connect() {
@@ -2241,20 +2240,13 @@ input.onkeydown = event => {
   }
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
-const inputNow = () => `${input.selectionStart} ${input.value}`;
-function complete() {  // put the next name that fits before the cursor; false if none
-  if (completing.made !== inputNow()) {
-    const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
-    const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
-    const wanted = start || /^\/msg $|@$/.test(before);
-    completing = { from: before.length - start.length, found: wanted ? sortedNames().filter(fits) : [] };
-  }
-  const { from, found } = completing, next = found.shift();
-  if (!next) return false;
-  input.setRangeText(next + (from ? " " : ": "), from, input.selectionStart, "end");
-  completing.made = inputNow();
-  found.push(next);  // for the next round
-  return true;
+function complete() {  // the first name that fits, before the cursor; false if none
+  const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
+  const wanted = start || /^\/msg $|@$/.test(before), from = before.length - start.length;
+  const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
+  const found = wanted && sortedNames().find(fits);
+  if (found) input.setRangeText(found + (from ? " " : ": "), from, before.length, "end");
+  return Boolean(found);
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = listPeople;

@@ -4308,10 +4308,10 @@ def test_page_arrows_go_through_what_was_entered(page):
 def test_page_tab_completes_names(page):
     """At the start of a line, in it, after @ and after /msg; else it moves on."""
     page.receives(joined("jonny"), joined("Joe"))
-    start = {"jon": "jonny: ", f"jo{TAB}": "jonny: ", "ask Jo": "ask Joe ", "ask @jo": "ask @Joe "}
+    start = {"jon": "jonny: ", "jo": "Joe: ", "ask Jo": "ask Joe ", "ask @jo": "ask @Joe "}
     rest = {"@jon": "@jonny ", "/msg jon": "/msg jonny ", "/msg ": "/msg Joe "}
     for typed, value in {**start, **rest}.items():
-        page.does("input.value = ''; completing = {}")
+        page.does("input.value = ''")
         page.types(typed + TAB)
         page.gives("input.value", value)
     page.types(f"nobody{TAB}")
@@ -4416,7 +4416,7 @@ def test_page_is_quick_with_every_line(page):
     shapes.update({link + "(" * 50_000: ")]", link: [").", "http://a ", *").(a"]})
     texts = [(start + end * size)[:size] for start, ends in shapes.items() for end in ends]
     script = (
-        "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => { completing = {};"
+        "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => {"
         "const start = performance.now(); input.value = event.text; complete(); isMention(event);"
         "paragraph(event); COMMAND.test(event.text); PASSWORD.test(event.text); input.value = '';"
         "return performance.now() - start; }));"
