@@ -2151,9 +2151,8 @@ function paragraph(event) {
   const className = [type, how, own, isMention(event) && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, i) =>
     i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part]))) : part);
-  const date = dateOf(event), dateTime = date.toISOString();
   const timed = !["greeting", "prompt", "gap"].includes(type);
-  if (timed) parts.unshift(element("time", { dateTime }, date.toTimeString().slice(0, 5)));
+  if (timed) parts.unshift(element("time", {}, dateOf(event).toTimeString().slice(0, 5)));
   if (how === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }

@@ -4155,8 +4155,7 @@ def test_page_shows_days_and_times_of_the_reader(page):
     page.shows("<ann> next")
     first = ["Tue Nov 25 2025", "<ann> first", "<ann> same day"]
     assert page.lines()[-5:] == [*first, "Wed Nov 26 2025", "<ann> next"]
-    exact = "2025-11-25T18:30:00.000Z"
-    page.gives(f"{LAST}.firstChild.outerHTML", f'<time datetime="{exact}">00:00</time>')
+    page.gives(f"{LAST}.firstChild.outerHTML", "<time>00:00</time>")
     page.emulates("Emulation.setTimezoneOverride", timezoneId="")
 
 
