@@ -1925,7 +1925,6 @@ body { display: flex; flex-direction: column; height: 100dvh; background: Canvas
 main { flex: 1; display: flex; flex-direction: column-reverse; overflow-y: auto; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
-#lines div { content-visibility: auto; contain-intrinsic-height: auto 145em; }
 main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wrap: anywhere; }
 main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .gap { padding: .4em 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
@@ -1950,7 +1949,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 
 SHARED = {"templates": TEXT, "PROTOCOL": PROTOCOL_VERSION, "OP": OP, "LOST_SECONDS": LOST_SECONDS}
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
-const BLOCK = 50, BLOCKS = 80;  // lines in a block; blocks that are kept
+const KEPT = 1500, PAINTED = 50;  // lines: that are kept, and painted at a time
 const TALK = ["said", "did", "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
@@ -1977,7 +1976,7 @@ let room, maxLine;  // of the last greeting
 let lastId;  // the highest one of an event that was shown
 let people = new Map();  // name -> whether an operator
 let pending = [];  // own lines that have not come back
-let queue = [], block;  // events to paint; the last block of lines
+let queue = [];  // events to paint
 let lastDay = new Date().toDateString();
 let below = 0;  // new lines below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
@@ -2124,7 +2123,7 @@ function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed"
     mentioned ||= event.type === "whisper" || isMention(event);
   }
   queue.push({ ...event, how });
-  if (queue.length > BLOCKS * BLOCK) queue.shift();
+  if (queue.length > KEPT) queue.shift();
   paintSoon();
 }
 function soon(what) {  // run `what` at most once every 40 ms
@@ -2132,16 +2131,15 @@ function soon(what) {  // run `what` at most once every 40 ms
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, 40); };
 }
 const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
-function paint() {  // at most one block at a time
+function paint() {
   const following = isAtEnd();
-  if (!block || block.childElementCount >= BLOCK) lines.append(block = element("div"));
-  while (queue.length && block.childElementCount < BLOCK) {
-    const event = queue.shift(), day = event.at ? dateOf(event).toDateString() : lastDay;
-    if (day !== lastDay) block.append(paragraph({ type: "gap", text: lastDay = day }));
-    block.append(paragraph(event));
+  for (const event of queue.splice(0, PAINTED)) {
+    const day = event.at ? dateOf(event).toDateString() : lastDay;
+    if (day !== lastDay) lines.append(paragraph({ type: "gap", text: lastDay = day }));
+    lines.append(paragraph(event));
     if (!following && !event.how && !isOwn(event)) below += 1;
   }
-  if (lines.childElementCount > BLOCKS) lines.firstChild.remove();
+  while (lines.childElementCount > KEPT) lines.firstChild.remove();
   pendingBox.replaceChildren(...pending.slice(0, 20).map(own => paragraph({ ...own, how: "pending" })));
   if (queue.length) paintSoon();
   updateCounts();
