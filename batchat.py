@@ -1961,28 +1961,20 @@ const [log, lines, pendingBox, belowButton, form, input, status, peopleBox, peop
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
+
+// The connection, and our name
 // The states, and what ends them (a lost connection: calling; one closed for good: left):
 // calling   a prompt: naming; welcome, for a name that we had: arriving
 // naming    welcome: arriving
 // arriving  the answer to our own /who: chatting
 // left      the user enters a name: calling
-let state, socket;
+let state, socket, room, maxLine;  // the last two are of the last greeting
+let pause = 1;  // seconds until the next try
+let closing;  // the last closing code
+let awaySince = 0;  // when the room was lost, unless we left it
+let lastId;  // the highest one of an event that was shown
 let name, mentionPattern;  // ours; what finds it in a text
 let draft = "";  // what was typed before we lost our name
-let closing;  // the last closing code
-let pause = 1;  // seconds until the next try
-let awaySince = 0;  // when the room was lost, unless we left it
-let room, maxLine;  // of the last greeting
-let lastId;  // the highest one of an event that was shown
-let people = new Map();  // name -> whether an operator
-let pending = [];  // own lines that have not come back
-let queue = [];  // events to paint
-let lastDay = new Date().toDateString();
-let below = 0;  // new lines below what is in sight
-let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
-let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; the one shown
-
-// The connection
 function connect() {
   socket = new WebSocket("chat");
   state = "calling";
@@ -2087,6 +2079,7 @@ function catchUp(events) {  // show what is new to us of the history; null if th
 }
 
 // Own lines are pending, as they were typed, until they come back
+let pending = [];
 const COMMAND = /^\s*\/(?!\/|me\s+\S)/i;  // one that says nothing
 function confirmPending(event) {  // if the server changed its text, it is the oldest
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
@@ -2095,6 +2088,7 @@ function confirmPending(event) {  // if the server changed its text, it is the o
 function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
 // The people
+let people = new Map();  // name -> whether an operator
 const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
 function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listSoon(); }
 function listPeople() {
@@ -2109,6 +2103,10 @@ function listPeople() {
 function closeList() { peopleBox.open = false; input.focus(); }
 
 // The log
+let queue = [];  // events to paint
+let lastDay = new Date().toDateString();
+let below = 0;  // new lines below what is in sight
+let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
 const isOwn = event => (event.name || event.from) === name;
 const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isMention(event) {
@@ -2178,7 +2176,7 @@ function linked(text) {  // a link that does not go where it seems to is followe
     return [element("a", attributes, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
 }
-const isAtEnd = () => log.scrollTop > -1;
+const isAtEnd = () => log.scrollTop > -1;  // it is scrolled from there
 function toEnd() { log.scrollTop = 0; }
 function updateCounts() {
   if (isAtEnd()) below = 0;
@@ -2191,6 +2189,7 @@ belowButton.onclick = () => { toEnd(); input.focus(); };
 document.onvisibilitychange = () => { [unread, mentioned] = [0, false]; updateCounts(); };
 
 // The keyboard
+let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; the one shown
 const canSay = () => ["naming", "chatting"].includes(state);
 function say(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
