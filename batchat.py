@@ -1983,9 +1983,9 @@ function connect() {
   socket.onclose = disconnected;
 }
 function disconnected({ code }) {
-  if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
   setPeople([]);
   if (code !== 1000) {  // 1000: /quit, or the server closed it for good
+    if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
     state = "calling";
     setStatus(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
