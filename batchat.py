@@ -246,7 +246,7 @@ class Outbox:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = FOREVER
-        self.splices: deque[tuple[int, bytes, int]] = deque()
+        self.splices: list[tuple[int, bytes, int]] = []
         self.private_bytes = 0  # in all splices
         self.write_closed = False  # nothing can be sent any more
 
@@ -263,7 +263,7 @@ class Outbox:
         """Read the log from its end on; private bytes that are pending come first."""
         if not self.write_closed:
             self.cursor = end = self.log.end
-            self.splices = deque((end, private, end) for _, private, _ in self.splices)
+            self.splices = [(end, private, end) for _, private, _ in self.splices]
 
     def leave(self) -> None:
         """Read the log no further than to its end now; private bytes may still follow."""
@@ -307,12 +307,12 @@ class Outbox:
     def advance(self, sent: int) -> None:
         """Record that `sent` bytes were sent: log up to a splice, its private bytes, and so on."""
         while self.splices and sent >= self.splices[0][0] - self.cursor:
-            offset, private, resume = self.splices.popleft()
+            offset, private, resume = self.splices.pop(0)
             sent -= offset - self.cursor
             self.cursor = resume
             self.private_bytes -= min(sent, len(private))
             if sent < len(private):
-                self.splices.appendleft((resume, private[sent:], resume))
+                self.splices.insert(0, (resume, private[sent:], resume))
                 return
             sent -= len(private)
         self.cursor += sent
@@ -469,7 +469,8 @@ class Telnet(Protocol):
         self._rest = b""  # incomplete, from `split_commands`
         self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
         self._last = b""  # the last byte of text, for an LF after a CR belongs to it
-        self._text = b""  # not taken yet; with "\n" for every line end
+        self._text = b""  # with "\n" for every line end
+        self._taken = 0  # bytes of `_text`
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -504,17 +505,18 @@ class Telnet(Protocol):
             if CTRL_C not in text:
                 return False
             self.replies += replies  # telnet shows nothing until one comes (RFC 860)
-        self._text = CTRL_C
+        self._text, self._taken = CTRL_C, 0
         return True
 
     def next(self) -> Message | None:
-        line, end, rest = self._text.partition(b"\n")
+        end = self._text.find(b"\n", self._taken)
+        line = self._text[self._taken : end if end >= 0 else None]
         if CTRL_C in line or CTRL_D in line:
             return DISCONNECT
-        if not end:
-            self._text = line[: LINE_LIMIT + 1]  # of a line too long, no more is kept
+        if end < 0:
+            self._text, self._taken = line[: LINE_LIMIT + 1], 0  # enough to see that it is too long
             return None
-        self._text = rest
+        self._taken = end + 1
         return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
 
 
