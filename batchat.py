@@ -1120,7 +1120,9 @@ class Chat:
         with suppress(CommandError):  # nobody to kick: it is an address, or they have left
             self._kick(person, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", person.name, key, minutes)
-        self.send(person, "notice", text=f"{key} is banned for {minutes} min.")
+        here = sum(key in each.host for each in self.people.values())
+        text = f"{key} is banned for {minutes} min; still here from there: {here}."
+        self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:

@@ -2030,7 +2030,7 @@ def test_ban_refuses_an_address_for_its_time(kept, ann):
     mike.expect("* You were kicked by ann: banned for 5 min\n")
     kicked = "* mike was kicked by ann: banned for 5 min\n"
     eve.expect(kicked)
-    ann.expect(f"{kicked}* 2001:db8::/64 is banned for 5 min.\n")
+    ann.expect(f"{kicked}* 2001:db8::/64 is banned for 5 min; still here from there: 1.\n")
     waiting.types("troll")
     for seconds, more in [(0, 5), (239, 2), (60, 1)]:
         kept.wait(seconds)
@@ -2113,7 +2113,7 @@ def test_former_names_are_found(kept, ann, times):
     troll.types(*[f"/nick t{n}" for n in range(times)])
     ann.types("/kick troll spam", "/ban troll 5")
     assert troll.read().endswith(f" as t{times - 1}\n* You were kicked by ann: spam\n")
-    assert "* 203.0.113.5 is banned for 5 min." in ann.read()
+    assert "* 203.0.113.5 is banned for 5 min;" in ann.read()
 
 
 def test_former_name_is_the_latest_of_an_hour(kept, ann):
@@ -2142,12 +2142,12 @@ def test_ban_takes_an_address(kept, ann):
     ann.types("/ban 203.0.113.0/24", "/ban 2001:db8::/48", "/ban 2001:db8:1::/64 9", "/bans")
     ann.expect(
         "* Nobody here is called 203.0.113.5/64.\n"
-        "* 203.0.113.5 is banned for 5 min.\n"
-        "* 2001:db8::/64 is banned for 60 min.\n"
+        "* 203.0.113.5 is banned for 5 min; still here from there: 1.\n"
+        "* 2001:db8::/64 is banned for 60 min; still here from there: 0.\n"
         "* Nobody here is called 1.2.3.\n"
         "* Nobody here is called 203.0.113.0/24.\n"
         "* Nobody here is called 2001:db8::/48.\n"
-        "* 2001:db8:1::/64 is banned for 9 min.\n"
+        "* 2001:db8:1::/64 is banned for 9 min; still here from there: 0.\n"
         "* 203.0.113.5 is banned for another 5 min.\n"
         "* 2001:db8::/64 is banned for another 60 min.\n"
         "* 2001:db8:1::/64 is banned for another 9 min.\n"
@@ -2161,7 +2161,7 @@ def test_ban_in_our_own_network(kept, ann):
     Before anybody has called over it, nobody knows which network is ours: the /64 is banned.
     """
     ann.types("/ban 2001:db8::5")
-    ann.expect("* 2001:db8::/64 is banned for 60 min.\n")
+    ann.expect("* 2001:db8::/64 is banned for 60 min; still here from there: 0.\n")
     here, gone, behind_proxy = [batchat.Person("", kept.chat.logs[Telnet], 0.0) for _ in "123"]
     kept.limiter.own_networks.add("2001:db8::/64")
     kept.limiter.add(gone, "2001:db8::5")
