@@ -159,7 +159,8 @@ READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 BACKLOG = 4096  # callers
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 OWN_DESCRIPTORS = 16  # log, signals and so on
-SPARE_CONNECTIONS = 16  # for those who depart, where all places are taken
+SPARE_CONNECTIONS = 16  # for departing people, where the server is full
+SPARE_PER_ADDRESS = 100  # the same, where too many are from one address
 PING_TICKS = 30  # of silence before each WebSocket ping
 SILENT_TICKS = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
 
@@ -182,8 +183,7 @@ LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
 ADDRESSES_LIMIT = 10_000  # known at most, unless more are in use
 FORMER_NAMES = 10_000
-WRONG_PASSWORDS = 1000
-REMEMBERED_SECONDS = 3600.0  # older ones of both are ignored
+FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
 WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
@@ -349,10 +349,10 @@ class Protocol:
     def next(self) -> Message | None:
         """The next line or signal, DISCONNECT last; None if more must be read first."""
 
-    def take_interrupt(self, unfed: bytes, new: int) -> bool:
-        """Obey Ctrl-C in `unfed`, of which the last `new` bytes, or all, were not searched yet.
+    def take_interrupt(self, unfed: bytes, unsearched: int) -> bool:
+        """Look for Ctrl-C in the last `unsearched` bytes of `unfed`, which wait to be fed.
 
-        Returns whether there was one, now or before: then all lines that wait are dropped.
+        Returns whether there was one, now or before.  Then all lines that wait are dropped.
         """
         return False
 
@@ -496,15 +496,15 @@ class Telnet(Protocol):
         if self._asked and text.count(b"\n") > text.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
-    def take_interrupt(self, unfed: bytes, new: int) -> bool:
+    def take_interrupt(self, unfed: bytes, unsearched: int) -> bool:
         if CTRL_C not in self._text:
-            searched = max(0, len(unfed) - new)
+            searched = max(0, len(unfed) - unsearched)  # what was searched may be fed by now
             if not searched:  # start where `feed` stopped
                 self._search_rest = self._rest
             text, self._search_rest, replies = split_commands(self._search_rest + unfed[searched:])
             if CTRL_C not in text:
                 return False
-            self.replies += replies  # telnet shows nothing until one comes (RFC 860)
+            self.replies += replies  # without TIMING-MARK's, telnet shows nothing more (RFC 860)
         self._text, self._taken = CTRL_C, 0
         return True
 
@@ -557,7 +557,7 @@ class Person:
         self.rejected = ""  # the reason why they may not join
         self.lost = ""  # why nothing can be sent any more
         self.name = ""
-        self.asked = 0  # prompts for a name so far
+        self.prompts = 0  # for a name, so far
         self.operator = False
         self.virtual_time = 0.0  # input is processed in its order (fair queueing)
 
@@ -592,15 +592,17 @@ class TokenBucket:
 class Quota:
     """Connections that are counted together, and the tokens that they share."""
 
-    def __init__(self, limit: int, rate: int = 0) -> None:
+    def __init__(self, limit: int, spare: int, rate: int = 0) -> None:
         self.limit = limit  # 0 is no limit
+        self.spare = spare  # places for departing people, where no others are free
         self.bucket = TokenBucket(rate)
         self.connections = 0
         self.departing: dict[Person, None] = {}  # rejected, closing or lost: not counted
+        self.wrong_passwords = 0
 
     @property
     def free(self) -> int:
-        """Free places; negative if too many are taken, meaningless without a limit."""
+        """Free places; below 0 if too many are taken, or without a limit."""
         return self.limit - self.connections + len(self.departing)
 
 
@@ -637,8 +639,8 @@ class Limiter:
     def __init__(self, settings: Settings, now: float) -> None:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
-        self.everyone = Quota(settings.max_connections)
-        self.quotas: dict[str, Quota] = {}  # by key; kept while in use, until the bucket is full
+        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
+        self.quotas: dict[str, Quota] = {}  # by key; forgotten when idle, with a full bucket
         self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
@@ -680,14 +682,15 @@ class Limiter:
             limit, rate = self.settings.max_per_address, self.settings.rate * ADDRESS_FACTOR
             if key == LOCALHOST:
                 limit, rate = 0, rate * LOCALHOST_FACTOR
-            self.quotas[key] = Quota(limit, rate)
+            self.quotas[key] = Quota(limit, SPARE_PER_ADDRESS, rate)
         return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
         """The connection to close first if too many like this are departing; else None."""
         for quota in (self.everyone, person.quota):
-            if len(quota.departing) > max(SPARE_CONNECTIONS, quota.free):
-                return max(quota.departing, key=lambda each: each.is_done)  # else the oldest
+            if len(quota.departing) > max(quota.spare, quota.free):
+                # One that is done, or else the oldest.
+                return max(quota.departing, key=lambda each: each.is_done)
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
@@ -705,8 +708,8 @@ class Limiter:
     def tick(self) -> None:
         """Forget the addresses that are idle, and the bans that are over."""
         for key, quota in list(self.quotas.items()):
-            full_at = quota.bucket.ready_at + BURST_SECONDS
-            if full_at <= self.now and not quota.connections:
+            is_full = quota.bucket.ready_at + BURST_SECONDS <= self.now
+            if is_full and not quota.connections and not quota.wrong_passwords:
                 del self.quotas[key]
         self.bans = {key: until for key, until in self.bans.items() if until > self.now}
 
@@ -829,9 +832,8 @@ class Chat:
         self.new_bytes = 0  # to be sent, that this iteration made
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
-        # Former names (when left, name_key, whose), and wrong passwords (when, where).
-        self._former: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
-        self._wrong: deque[tuple[float, str]] = deque(maxlen=WRONG_PASSWORDS)
+        # When each was given up, its name_key, and whose it was.
+        self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # Showing events
@@ -874,10 +876,10 @@ class Chat:
             self._ask_for_name(person)
 
     def _ask_for_name(self, person: Person) -> None:
-        if person.asked == NAME_TRIES:
+        if person.prompts == NAME_TRIES:
             self.disconnect(person, "tries")
         else:
-            person.asked += 1
+            person.prompts += 1
             self.send(person, "prompt", text=PROMPT)
 
     def _reject(self, person: Person) -> bool:
@@ -985,12 +987,12 @@ class Chat:
         """Free a name; operators can still find its last owner."""
         key = name_key(person.name)
         del self.people[key]
-        self._former.append((self.limiter.now, key, person))
+        self._former_names.append((self.limiter.now, key, person))
 
     def _find(self, name: str, former: bool = False) -> Person:
         """Who has this name, or (`former`) had it last, here or gone; raises CommandError."""
-        key, oldest = name_key(name), self.limiter.now - REMEMBERED_SECONDS
-        entries = reversed(self._former) if former else ()
+        key, oldest = name_key(name), self.limiter.now - FORMER_NAME_SECONDS
+        entries = reversed(self._former_names) if former else ()
         owners = (each for left_at, old, each in entries if old == key and left_at > oldest)
         person = self.people.get(key) or next(owners, None)
         if not person:
@@ -1011,8 +1013,8 @@ class Chat:
         if name[:2] == "//":  # //x says /x, but //op is /op: see PASSWORD_LINE
             name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
-        is_open = self.settings.password != "" and found is COMMANDS["/op"]  # anyone may try
-        if not found or (found.operators and not person.operator and not is_open):
+        may_try = found is COMMANDS["/op"] and self.settings.password
+        if not found or (found.operators and not person.operator and not may_try):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
@@ -1089,11 +1091,10 @@ class Chat:
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS)
-        now, key = self.limiter.now, self.limiter.counted_as(person.host)
-        self._wrong.append((now, key))
-        wrong = sum(now - at < REMEMBERED_SECONDS and each == key for at, each in self._wrong)
-        if wrong == WRONG_PASSWORDS_WARNED:
-            logger.warning("%d wrong passwords in an hour from %s", wrong, key)
+        person.quota.wrong_passwords += 1
+        if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
+            key = self.limiter.counted_as(person.host)
+            logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, key)
         raise CommandError("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
@@ -1172,7 +1173,7 @@ class Connection(Person):
         super().__init__(origin, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = 0  # bytes not searched for Ctrl-C; some may be fed by now
+        self.unsearched = 0  # bytes read since the last search for Ctrl-C
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.silent = 0  # ticks since they sent anything, while nothing was pending
@@ -1289,7 +1290,7 @@ class Reactor:
             if self.clock() > until:
                 return
             # Ctrl-C counts even while they wait.
-            if self._ready_at(conn) <= self.now or conn.unscanned:
+            if self._ready_at(conn) <= self.now or conn.unsearched:
                 self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
@@ -1437,24 +1438,24 @@ class Reactor:
             data = b""
         conn.silent = 0
         conn.read_buffer += data
-        conn.unscanned += len(data)
+        conn.unsearched += len(data)
         conn.eof = not data
         self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
-        """Handle messages, and feed the protocol once; `return` keeps them in `with_input`."""
-        protocol = conn.protocol
-        size, fed = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE, False
+        """Handle messages until tokens or input run out, and feed the protocol at most once.
+
+        A `return` keeps the person in `with_input`.
+        """
+        protocol, fed = conn.protocol, False
+        size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
-                if conn.state is AWAITING_NAME:
-                    return  # Ctrl-C waits its turn
-                new, conn.unscanned = conn.unscanned, 0
-                if not protocol.take_interrupt(conn.read_buffer, new):
+                unsearched, conn.unsearched = conn.unsearched, 0
+                if not protocol.take_interrupt(conn.read_buffer, unsearched):
                     return
-                # Ctrl-C was found: next() returns DISCONNECT.
-            message = protocol.next()
+            message = protocol.next()  # after Ctrl-C, DISCONNECT
             if protocol.replies:
                 self.chat.send_raw(conn, protocol.replies)
                 protocol.replies = b""
@@ -1540,7 +1541,7 @@ class Reactor:
             self.selector.unregister(conn.sock)
         with suppress(OSError):  # nothing else to do
             conn.sock.close()
-        conn.read_buffer = b""  # Chat._former may keep this object
+        conn.read_buffer = b""  # Chat._former_names may keep this object
         conn.protocol = type(conn.protocol)()
         conn.outbox.close_writes()
 

@@ -341,7 +341,7 @@ def assert_nothing_is_kept(reactor: batchat.Reactor):
     kept = [reactor.connections, reactor.with_input, reactor.blocked]
     kept += [reactor.chat.people, reactor.chat._ignorers]
     kept += [each.connections for each in quotas] + [each.departing for each in quotas]
-    former = [person for *_, person in reactor.chat._former]
+    former = [person for *_, person in reactor.chat._former_names]
     kept += [(each.outbox.has_pending or each.read_buffer) for each in former]
     kept += [vars(each.protocol) != vars(type(each.protocol)()) for each in former]
     assert not any([*kept, *(log.readers for log in reactor.chat.logs.values())])
@@ -614,8 +614,8 @@ def jonny(mike, page_server):
 # Limits so small that a few lines reach them.
 SMALL_LIMITS = {
     "LINE_LIMIT": 100, "HISTORY_SIZE": 500, "BANS_LIMIT": 2, "ACCEPT_BATCH": 2, "SPLICE_SIZE": 16,
-    "LAG_LIMIT": 2048, "SPARE_CONNECTIONS": 2, "WHISPER_LIMIT": 512, "PRIVATE_LIMIT": 1024,
-    "READ_SIZE": 4096, "READ_AHEAD": 6000, "BYTES_PER_TOKEN": 128,
+    "LAG_LIMIT": 2048, "WHISPER_LIMIT": 512, "PRIVATE_LIMIT": 1024, "SPARE_CONNECTIONS": 2,
+    "SPARE_PER_ADDRESS": 2, "READ_SIZE": 4096, "READ_AHEAD": 6000, "BYTES_PER_TOKEN": 128,
 }
 PASSWORD = "sesame"
 UNLIMITED = NEVER = batchat.NEVER
@@ -1122,7 +1122,7 @@ class World:
             assert (quota.connections, {*quota.departing}) == (len(here), departing)
             if quota.limit:
                 assert len(here) - len(departing) <= quota.limit
-                assert len(here) <= quota.limit + batchat.SPARE_CONNECTIONS + 1
+                assert len(here) <= quota.limit + quota.spare + 1
         for who, tokens in self.spent.items() if rate else ():
             share = 1 if isinstance(who, Peer) else batchat.ADDRESS_FACTOR
             share *= batchat.LOCALHOST_FACTOR if who == batchat.LOCALHOST else 1
@@ -1176,7 +1176,7 @@ class World:
         for peer in self.peers:
             peer.ended = True
         self.wait(120.0)
-        assert not self.reactor.limiter.quotas
+        assert all(each.wrong_passwords for each in self.reactor.limiter.quotas.values())
         assert not any(log.data for log in self.reactor.chat.logs.values())
 
     def server_stops(self):
@@ -2221,20 +2221,14 @@ def test_wrong_password_costs_50_lines(kept):
 def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
     for n in range(12):
         kept.wait(60)
-        kept.join(f"p{n}", "203.0.113.5").types("/op wrong")
-    assert caplog.messages == ["10 wrong passwords in an hour from 203.0.113.5"]
+        kept.join(f"p{n}", "203.0.113.5").types("/op wrong", "/quit")
+    assert caplog.messages == ["10 wrong passwords from 203.0.113.5"]
 
 
-@cases("others, warned", (990, True), (991, False))
-def test_last_1000_wrong_passwords_are_kept(kept, caplog, others, warned):
-    ann, mike = kept.join("ann", "203.0.113.5"), kept.join("mike")
-    ann.types(*["/op wrong"] * 9)
-    mike.types(*["/op wrong"] * others)
-    ann.types("/op wrong")
-    assert ("10 wrong passwords in an hour from 203.0.113.5" in caplog.messages) == warned
-    right = kept.join("right", "203.0.113.5")
-    right.types(f"/op {PASSWORD}")
-    assert right.operator
+def test_right_password_works_after_wrong_ones(kept):
+    mike = kept.join("mike", "203.0.113.5")
+    mike.types(*["/op wrong"] * 12, f"/op {PASSWORD}")
+    assert mike.operator
 
 
 # ------------
@@ -2463,13 +2457,13 @@ def test_lost_people_are_few_at_a_time(worlds, host):
     """However many say much and are reset; others are still heard."""
     world = worlds(rate=10, per_address=20)
     ann, mike = rested(world, "ann", "mike", host=host)
-    for n in range(100):
+    for n in range(130):
         peer = world.joins(f"p{n}", host=host)
         peer.types(*["y"] * 500)
         world.wait(0.01)
         peer.break_down(errno.ECONNRESET)
     world.wait(0.01)
-    assert 10 < len(world.reactor.connections) <= 2 + 20 + 2
+    assert 10 < len(world.reactor.connections) <= 2 + 100 + 2
     ann.read()
     mike.types("one", "two", "three")
     world.wait(2.0)
@@ -3034,8 +3028,8 @@ def test_where_it_is_full_callers_are_rejected(worlds, limits, host, text):
 @cases(
     "limits, protocol, host, most",
     ({"max_connections": 10}, Telnet, "198.51.100.9", 10 + 16),
-    ({"per_address": 10}, Telnet, "203.0.113.5", 10 + 16),
-    ({"per_address": 10, "behind_proxy": True}, Web, "for 203.0.113.5", 10 + 16),
+    ({"per_address": 10}, Telnet, "203.0.113.5", 10 + 100),
+    ({"per_address": 10, "behind_proxy": True}, Web, "for 203.0.113.5", 10 + 100),
 )
 def test_rejected_callers_take_no_place(worlds, limits, protocol, host, most):
     """They are few at a time.  Nobody else is closed for them."""
