@@ -11,7 +11,7 @@ reader is sent everything new in one system call.  One thread runs the event loo
 process input, send, reconcile.
 
 Parts: 1. Events  2. Limits  3. Log and Outbox  4. Protocol, Telnet  5. Person, Limiter  6. Chat
-7. Reactor  8. main  9. The web.  Only 7 and 8 use sockets.  Without browsers, stop after 8.
+7. Reactor  8. main  9. The web.  Only 7 and 8 use sockets.  9 is only for browsers and bots.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 (__) (__)(__)  (__)(__) (__)(__)(__)(_") ("_)(__)  (__)(__) (__)
 """[1:]
 
-# How each type of event reads on telnet.  The page uses these, but for greeting and help.
+# How each type of event reads on telnet.  The page uses these, too, except greeting and help.
 TEXT = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
@@ -129,7 +129,7 @@ def local_time(at: int) -> str:
 LINE_LIMIT = 4096  # bytes, without the line end
 HEAD_LIMIT = 8 << 10  # bytes of a request
 NAME_LIMIT = 24  # characters
-NORMALIZE_LIMIT = 4 * NAME_LIMIT + 4  # characters: NFC shortens a text to a quarter at worst
+NORMALIZE_LIMIT = 4 * NAME_LIMIT + 4  # characters: NFC makes a text four times shorter at most
 NAME_TRIES = 5
 
 # Time, in seconds
@@ -140,17 +140,18 @@ SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
 LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
-POLL_SECONDS = 0.05  # shortest wait for tokens; between two sends to those who lag
+POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
-# No input is processed while any reader lags by more than LAG_LIMIT (the room is paused), or after
-# as many new bytes in one iteration.  So no log grows beyond twice that, plus a few events.
+# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Input
+# also waits when one iteration has made that many new bytes.  So a log is never longer than twice
+# LAG_LIMIT, plus a few events.
 LAG_LIMIT = 512 << 10  # bytes
 STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
 STALL_RECOVERY = 0.2  # seconds regained per second without a pause
 SPLICE_SIZE = 128  # bytes: what a splice adds to a lag
-WHISPER_LIMIT = 64 << 10  # private bytes pending: with more, nobody whispers to a person
-PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending: with more, their own input waits
+WHISPER_LIMIT = 64 << 10  # private bytes pending, above which whispers to a person are refused
+PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending, above which their own input waits
 
 # Sockets
 WEB_PORT = 1338
@@ -170,18 +171,18 @@ ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
 LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
-LINE_TOKENS = 1  # for every line; the others come on top
+LINE_TOKENS = 1  # for every line; those below are added to it
 JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
-RENAME_TOKENS = 24  # a new name confuses everyone
+RENAME_TOKENS = 24  # everyone has to learn the new name
 WRONG_PASSWORD_TOKENS = 49  # so 50 in all
 
 # History and bans
 HISTORY_LINES = 1000
 HISTORY_SIZE = 64 << 10  # bytes of text
-BAN_MINUTES = 60  # where the operator does not say
+BAN_MINUTES = 60  # if the operator gives none
 LONGEST_BAN = 525_600  # minutes
 BANS_LIMIT = 1000
-ADDRESSES_LIMIT = 10_000  # known at most, unless more are in use
+ADDRESSES_LIMIT = 10_000  # remembered; more only while all are in use
 FORMER_NAMES = 10_000
 FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
 WRONG_PASSWORDS_WARNED = 10  # from one address
@@ -240,7 +241,7 @@ class Outbox:
     A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
     (a reply to this person), then go on at `resume` (after their own line).  With the cursor at
     100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
-    Splices are in order.  Outside the room the cursor is FOREVER.
+    Splices are in order.  Outside the room the cursor is FOREVER, and so are all offsets.
     """
 
     def __init__(self, log: Log) -> None:
@@ -283,7 +284,7 @@ class Outbox:
         self._splice(at, data, at)
 
     def exclude_newest(self) -> None:
-        """Leave out the last event of the log."""
+        """Leave out the event that was appended just now."""
         self._splice(self.log.newest, b"", self.log.end)
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
@@ -349,8 +350,8 @@ class Protocol:
     def next(self) -> Message | None:
         """The next line or signal, DISCONNECT last; None if more must be read first."""
 
-    def take_interrupt(self, unfed: bytes, unsearched: int) -> bool:
-        """Look for Ctrl-C in the last `unsearched` bytes of `unfed`, which wait to be fed.
+    def take_interrupt(self, unfed: bytes, unscanned: int) -> bool:
+        """Scan the last `unscanned` bytes of `unfed`, which wait to be fed, for Ctrl-C.
 
         Returns whether there was one, now or before.  Then all lines that wait are dropped.
         """
@@ -370,13 +371,13 @@ ESCAPE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 # Control characters, line separators, and bidirectional controls (Unicode UAX #9, 2.1 to 2.5).
-# BS and DEL are not here: `clean` carries them out.
+# BS and DEL are not here: `clean` applies them.
 FORBIDDEN = re.compile("[\0-\x07\x0a-\x1f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
-    """`text` made safe to display, with its erasures carried out."""
-    if text.isprintable():  # nearly always, and never with a forbidden character
+    """`text` made safe to display, with backspaces and Ctrl-U applied."""
+    if text.isprintable():  # the usual case; such text has no forbidden character
         return text
     # A TAB becomes a space: terminals do not wrap at a TAB.
     text = ESCAPE.sub("", text).replace("\t", " ")
@@ -400,8 +401,9 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
-# Without BINARY the common telnets clear a byte's top bit and look for keys: in \u0443 (D1 83) they
-# see 03, Ctrl-C, and send IP.  So a command inside a character is its key with the top bit set.
+# Without BINARY the common telnets ignore the top bit of a byte when they look for keys.  They take
+# the 83 in \u0443 (D1 83) for 03, Ctrl-C, and send IP instead of it.  So in the middle of a
+# character, a command stands for its key with the top bit set.
 KEYS = {
     b"\xec": 0x04,  # EOF (RFC 1184): Ctrl-D
     b"\xed": 0x1A,  # SUSP (RFC 1184): Ctrl-Z
@@ -416,7 +418,7 @@ KEYS = {
 }
 # The beginning of a character in UTF-8.
 UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
-# These telnets drop byte 0x85 (Ctrl-E).  This finds characters that lost it:
+# The same telnets drop byte 0x85 (Ctrl-E).  This finds characters that lost it:
 SWALLOWED = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
         | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or Thai letter
@@ -467,8 +469,8 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         self._asked = False  # for BINARY
         self._rest = b""  # incomplete, from `split_commands`
-        self._search_rest = b""  # the same, of the search for Ctrl-C, which goes ahead of `feed`
-        self._last = b""  # the last byte of text, for an LF after a CR belongs to it
+        self._scan_rest = b""  # the same for the scan for Ctrl-C, which is ahead of `feed`
+        self._last = b""  # the last byte of text: an LF after a CR belongs to that
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
 
@@ -488,20 +490,20 @@ class Telnet(Protocol):
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
         lines = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += lines.replace(b"\r", b"\n")
-        maybe_telnet = len(lines) < len(text) and not self._text.isascii()
-        if not self._asked and (IAC in data or maybe_telnet):
+        ends_like_telnet = len(lines) < len(text)  # with CR LF or CR NUL
+        if not self._asked and (IAC in data or ends_like_telnet and not self._text.isascii()):
             self._asked = True
             self.replies += ASK_FOR_BINARY
         self.replies += replies
         if self._asked and text.count(b"\n") > text.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
-    def take_interrupt(self, unfed: bytes, unsearched: int) -> bool:
+    def take_interrupt(self, unfed: bytes, unscanned: int) -> bool:
         if CTRL_C not in self._text:
-            searched = max(0, len(unfed) - unsearched)  # what was searched may be fed by now
-            if not searched:  # start where `feed` stopped
-                self._search_rest = self._rest
-            text, self._search_rest, replies = split_commands(self._search_rest + unfed[searched:])
+            scanned = max(0, len(unfed) - unscanned)  # what was scanned may be fed by now
+            if not scanned:  # start where `feed` stopped
+                self._scan_rest = self._rest
+            text, self._scan_rest, replies = split_commands(self._scan_rest + unfed[scanned:])
             if CTRL_C not in text:
                 return False
             self.replies += replies  # without TIMING-MARK's, telnet shows nothing more (RFC 860)
@@ -525,17 +527,19 @@ class Telnet(Protocol):
 
 # State          What happens                          Next state (only Chat changes it)
 # AWAITING_NAME  a valid name that is free             CHATTING; the others are told
-#                an invalid or taken one               error and prompt; CLOSING after five prompts
+#                an invalid or taken one               error and prompt, or after NAME_TRIES CLOSING
 #                banned, full, crowded, HTTP, a line   CLOSING
 #                too long, no name in time
-# CHATTING       kicked                                CLOSING; the others are told
-# both           /quit, Ctrl-C, Ctrl-D, EOF, dropped   CLOSING; if CHATTING, the others are told
+# CHATTING       kicked, too far behind                CLOSING; the others are told
+# either         /quit, Ctrl-C, Ctrl-D, EOF, an error  CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
-#                a reset, no answer to pings           `lost`: the input still counts; CLOSING
+#                a reset, no answer to pings           the same, but `lost`; then CLOSING when what
+#                                                      they sent is processed, or time is up
 # CLOSING        all is sent and the peer has closed,  forgotten
 #                or time is up
 #
 # A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
+# The rejected, the lost and the CLOSING are departing: they take no place (see Quota).
 AWAITING_NAME, CHATTING, CLOSING = range(3)
 NEVER = float("inf")
 
@@ -559,7 +563,7 @@ class Person:
         self.name = ""
         self.prompts = 0  # for a name, so far
         self.operator = False
-        self.virtual_time = 0.0  # input is processed in its order (fair queueing)
+        self.virtual_time = 0.0  # fair queueing: the lowest is served first
 
     @property
     def deadline(self) -> float:
@@ -610,7 +614,7 @@ LOCALHOST = "localhost"
 
 
 class Host(NamedTuple):
-    """Where somebody connects from.  A ban of a `key` holds if `key in host`.
+    """Where somebody connects from.  A ban of `key` holds for them if `key in host`.
 
     For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
     """
@@ -645,7 +649,7 @@ class Limiter:
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
     def add(self, person: Person, address: str) -> None:
-        """Count a connection from an address; where there are too many, it is rejected."""
+        """Count a connection from an address; if there are too many, it is rejected."""
         person.host = parse_host(address)
         person.quota = self.quota_for(self.counted_as(person.host))
         person.bucket = TokenBucket(self.settings.rate)
@@ -656,14 +660,14 @@ class Limiter:
         if person.rejected or person.lost:
             self.mark_departing(person)
         if self.settings.rate:
-            self._move_back(person, JOIN_TOKENS)  # else newcomers would always be first
+            self._move_back(person, JOIN_TOKENS)  # else anyone who reconnects would be first
 
     def counted_as(self, host: Host) -> str:
         """What counts as one: an IPv6 /64, but in our own networks each address."""
         return host.address if host.network in self.own_networks else host.network
 
     def mark_departing(self, person: Person) -> None:
-        """Stop counting a connection that will end soon."""
+        """Stop counting a connection: it ends when its input is processed, or all is sent."""
         for quota in (self.everyone, person.quota):
             quota.departing[person] = None
 
@@ -701,7 +705,7 @@ class Limiter:
             self._move_back(person, tokens)
 
     def _move_back(self, person: Person, tokens: float) -> None:
-        """Fair queueing: who uses more than their share of the address's rate comes later."""
+        """Move a person back by the time in which their share of the address earns the tokens."""
         share = person.quota.bucket.rate / person.quota.connections
         person.virtual_time = max(person.virtual_time, self.now) + tokens / share
 
@@ -718,7 +722,7 @@ class Limiter:
         self.bans[key] = max(self.now + 60 * minutes, self.bans.get(key, 0))
 
     def banned_minutes(self, *keys: str) -> int:
-        """For how long any of these is still banned; 0 if none is."""
+        """Minutes until the last ban of these ends; 0 if there is none."""
         until = max(self.now, *(self.bans.get(key, 0) for key in keys))
         return math.ceil((until - self.now) / 60 - 1e-6)  # rounding adds no minute
 
@@ -746,13 +750,14 @@ class History:
     def encode(self, protocol: type[Protocol]) -> bytes:
         """The last lines, of HISTORY_SIZE together at most."""
         if protocol not in self._encoded:
-            events: deque[Event] = deque()
+            events: list[Event] = []
             size = 0
             for event, _ in reversed(self._lines):
                 size += len(event["text"].encode())
-                if size <= HISTORY_SIZE:
-                    events.appendleft(event)
-            self._encoded[protocol] = protocol.encode({"type": "history", "events": [*events]})
+                if size > HISTORY_SIZE:
+                    break
+                events.insert(0, event)
+            self._encoded[protocol] = protocol.encode({"type": "history", "events": events})
         return self._encoded[protocol]
 
 
@@ -785,6 +790,7 @@ def name_key(name: str) -> str:
 def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises CommandError if it is none."""
     name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
+    # The category of each character; "_", "-" and "." stand for themselves.
     kinds = [each if each in "_-." else unicodedata.category(each) for each in name]
     good = 1 <= len(name) <= NAME_LIMIT and kinds[0][0] != "M" and not INVISIBLE.search(name)
     good = good and all(kind[0] in "LM_-." or kind == "Nd" for kind in kinds)
@@ -829,7 +835,7 @@ class Chat:
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.changed: dict[Any, None] = {}  # the people who must be reconciled
-        self.new_bytes = 0  # to be sent, that this iteration made
+        self.new_bytes = 0  # of events and private bytes, in this iteration
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
         # When each was given up, its name_key, and whose it was.
@@ -838,7 +844,7 @@ class Chat:
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show everyone in the room an event; what is said, not to those who ignore it."""
+        """Show everyone in the room an event; but hide what is said from those who ignore it."""
         self._last_id += 1
         event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name}
         event.update(fields)
@@ -866,7 +872,7 @@ class Chat:
     def greet(self, person: Person) -> None:
         """Greet a caller and ask for a name, or say why they may not join."""
         caller = person.protocol.caller
-        if caller:  # a proxy told it: they are counted by it from now on
+        if caller:  # from a proxy: count them under this address
             person.origin = f"{caller} through {person.origin}"
             self.limiter.remove(person)
             self.limiter.add(person, caller)
@@ -899,7 +905,7 @@ class Chat:
             return
         person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS)
-        self.publish("joined", person)  # before they read it themselves
+        self.publish("joined", person)  # before they read the log
         person.state = CHATTING
         self.people[name_key(name)] = person
         person.outbox.log.readers[person] = None
@@ -910,9 +916,9 @@ class Chat:
         logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(self, person: Person, reason: str, **fields: Any) -> None:
-        """Close a connection when everything pending is sent; the others read that they left.
+        """Close a person's connection when everything pending is sent, and tell the others.
 
-        If the reason has a CLOSING_TEXT, they read that, filled with `fields`.
+        If `reason` has a CLOSING_TEXT, the person is sent that, filled with `fields`.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -931,7 +937,7 @@ class Chat:
         self.limiter.mark_departing(person)
         if reason in CLOSING_TEXT and person.protocol.opened:
             self.send(person, "closing", code=reason, text=CLOSING_TEXT[reason].format_map(fields))
-        self.send_raw(person, person.protocol.close(reason))  # even b"" has them reconciled
+        self.send_raw(person, person.protocol.close(reason))  # b"", too: it marks them as changed
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
         """Disconnect everyone; nobody reads that the others left."""
@@ -1013,7 +1019,7 @@ class Chat:
         if name[:2] == "//":  # //x says /x, but //op is /op: see PASSWORD_LINE
             name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
-        may_try = found is COMMANDS["/op"] and self.settings.password
+        may_try = found is COMMANDS["/op"] and self.settings.password  # anyone may
         if not found or (found.operators and not person.operator and not may_try):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
@@ -1173,7 +1179,7 @@ class Connection(Person):
         super().__init__(origin, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unsearched = 0  # bytes read since the last search for Ctrl-C
+        self.unscanned = 0  # bytes read since the last scan for Ctrl-C
         self.eof = False  # the end of the stream was read
         self.events = 0  # what the selector is asked for
         self.silent = 0  # ticks since they sent anything, while nothing was pending
@@ -1260,6 +1266,7 @@ class Reactor:
             log.trim(min([log.offered, *cursors]))
 
     def _timeout(self) -> float:
+        """Seconds to wait for sockets: until tokens are there, or something is due."""
         if self.chat.changed:
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
@@ -1269,7 +1276,7 @@ class Reactor:
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock())
 
     def _advance_clock(self) -> None:
-        """The stall budget runs down while the room is paused, and recovers when it is not."""
+        """Set all clocks; the stall budget runs down while the room is paused, or recovers."""
         before, self.now = self.now, self.clock()
         self.limiter.now, self.chat.wall_time = self.now, int(time.time())
         change = (self.now - before) * (-1 if self.paused else STALL_RECOVERY)
@@ -1289,8 +1296,8 @@ class Reactor:
         for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
             if self.clock() > until:
                 return
-            # Ctrl-C counts even while they wait.
-            if self._ready_at(conn) <= self.now or conn.unsearched:
+            # Ctrl-C is looked for even while they wait.
+            if self._ready_at(conn) <= self.now or conn.unscanned:
                 self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
@@ -1322,7 +1329,7 @@ class Reactor:
         input is processed (`paused`) until they have caught up, or are dropped.
         """
         for conn in self._lagging():
-            # Send now: the selector reports space only when there is much of it.
+            # Try to send: the selector reports space only when there is much of it.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:
@@ -1418,7 +1425,7 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", conn.origin)
             why = "an internal error"
-        self._drop(conn, why)  # not in `except`: there, a traceback keeps a view of the log
+        self._drop(conn, why)  # outside `except`, where the traceback keeps a view of the log
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
@@ -1428,7 +1435,7 @@ class Reactor:
         return max(conn.bucket.ready_at, conn.quota.bucket.ready_at)
 
     def _read(self, conn: Connection) -> None:
-        """Read ahead; `_reconcile` asks for it only where there is space."""
+        """Read ahead; `_reconcile` watches for READ only while there is space."""
         try:
             data = conn.sock.recv(min(READ_SIZE, READ_AHEAD - len(conn.read_buffer)))
         except BlockingIOError:
@@ -1438,7 +1445,7 @@ class Reactor:
             data = b""
         conn.silent = 0
         conn.read_buffer += data
-        conn.unsearched += len(data)
+        conn.unscanned += len(data)
         conn.eof = not data
         self.with_input[conn] = None
 
@@ -1452,8 +1459,8 @@ class Reactor:
         self.chat.changed[conn] = None
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
-                unsearched, conn.unsearched = conn.unsearched, 0
-                if not protocol.take_interrupt(conn.read_buffer, unsearched):
+                unscanned, conn.unscanned = conn.unscanned, 0
+                if not protocol.take_interrupt(conn.read_buffer, unscanned):
                     return
             message = protocol.next()  # after Ctrl-C, DISCONNECT
             if protocol.replies:
@@ -1468,7 +1475,7 @@ class Reactor:
             elif fed:
                 return
             else:
-                self.with_input[conn] = self.with_input.pop(conn)  # equals take turns
+                self.with_input[conn] = self.with_input.pop(conn)  # equal ones take turns
                 fed, data = True, conn.read_buffer[:size]
                 conn.read_buffer = conn.read_buffer[size:]
                 self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
@@ -1485,7 +1492,7 @@ class Reactor:
         else:
             self.blocked.pop(conn, None)
         if conn.state is CLOSING:
-            conn.read_buffer = b""
+            conn.read_buffer = b""  # read on, but drop it
             self.with_input.pop(conn, None)
         if conn.is_done:
             if conn.eof:
@@ -1507,7 +1514,7 @@ class Reactor:
                 self._lose(conn, error.strerror)
 
     def _lose(self, conn: Connection, why: str | None) -> None:
-        """Send nothing more, or a peer might read past a gap; still process what was read."""
+        """Send nothing more: the peer would miss something.  What was read is still processed."""
         if not conn.lost:
             conn.lost = why or "lost"
             conn.timer_start = self.now
@@ -1686,11 +1693,11 @@ def start_logging(level: int) -> None:
 
 
 def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM or a closed terminal stop the server; the second time at once."""
+    """Have Ctrl-C, SIGTERM or SIGHUP stop the server; a second Ctrl-C or SIGTERM, at once."""
     reader, writer = socket.socketpair()
 
     def on_signal(signum: int, frame: object) -> None:
-        writer.send(b"!")  # wakes the event loop, which may be anywhere now
+        writer.send(b"!")  # wakes the event loop, which is in the middle of something
         for each in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
             signal.signal(each, signal.SIG_DFL)
 
@@ -1737,7 +1744,7 @@ def main(arguments: list[str] | None = None) -> int:
 # ---
 # 9. The web
 
-# A request's head (RFC 9112, sections 3 and 5): only what something here depends on is checked.
+# A request's head (RFC 9112, sections 3 and 5).  Only what we use of it is checked.
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 FIELD = r"\r?\n([^\s:]+):([^\r\n]*)"
 REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{FIELD})*)")
@@ -1750,7 +1757,7 @@ def digest(algorithm: str, text: str) -> str:
 
 
 def parse_request(head: bytes) -> tuple[str, str, dict[str, str]]:
-    """Method, path and fields, of equal ones the last; raises ValueError."""
+    """Method, path and fields; the last one of the same name counts.  Raises ValueError."""
     request = REQUEST_HEAD.fullmatch(head.decode("latin-1"))
     if not request:
         raise ValueError
@@ -1869,7 +1876,9 @@ class Web(Protocol):
             f"HTTP/1.1 {code} {status.phrase}",
             f"Content-Type: text/{kind}; charset=utf-8",
             f"Content-Length: {len(data)}",
-            "Connection: close",
+            "Connection: close, Upgrade",
+            "Upgrade: websocket",  # which 426 needs, as 405 needs Allow
+            "Allow: GET, HEAD",
             "Cache-Control: no-cache",
             "X-Content-Type-Options: nosniff",
             f"Content-Security-Policy: {PAGE_POLICY}",
@@ -1884,18 +1893,19 @@ class Web(Protocol):
         data = self._data
         if len(data) < 2:
             return False
-        opcode, size, start = data[0] & 0x0F, data[1] & 0x7F, 6  # where the payload starts
+        final, opcode, size = data[0] & FINAL, data[0] & 0x0F, data[1] & 0x7F
+        start = 6  # of the payload, after two bytes and the mask
+        control = opcode in (CLOSE, PING, PONG)
         expected = TEXT_FRAME if self._message is None else CONTINUATION
-        good = opcode in (expected, CLOSE, PING, PONG) and data[1] & MASKED
-        if not good or data[0] & RESERVED:
+        good = (final and size < 126) if control else opcode == expected
+        if not good or data[0] & RESERVED or not data[1] & MASKED:
             return self._end(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
             start = 8 if size == 126 else 14
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
-        before = (self._message or b"") if opcode == expected else b""  # the fragments so far
-        if len(before) + size > LINE_LIMIT:
+        if not control and len(self._message or b"") + size > LINE_LIMIT:
             return self._end(1009)  # too big
         end = start + size
         if len(data) < end:
@@ -1906,15 +1916,15 @@ class Web(Protocol):
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
             return self._end(int.from_bytes(payload[:2], "big"))  # the same code
-        elif opcode == expected:
-            message, final = before + payload, data[0] & FINAL
+        elif not control:
+            message = (self._message or b"") + payload
             self._message = None if final else message
             if final:  # in bytes, only CR and LF end lines; the last needs no end
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame, and parse nothing more; code 0 is none."""
+        """Send a close frame with this code, if it is not 0; False: nothing more is parsed."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self.opened, self._ended = False, True
         return False
@@ -1952,9 +1962,10 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 #more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
 
+# The script begins with: const { templates, ... } = {"templates": ...};
 SHARED = {"templates": TEXT, "PROTOCOL": PROTOCOL_VERSION, "OP": OP, "LOST_SECONDS": LOST_SECONDS}
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
-const KEPT = 1500, PAINTED = 50;  // lines: that are kept, and painted at a time
+const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
 const TALK = ["said", "did", "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
@@ -2003,7 +2014,7 @@ function disconnected({ code }) {
     giveUp();
   }
 }
-function enter(next) { [state, pause, closing] = [next, 1, ""]; }
+function enter(next) { state = next; pause = 1; closing = ""; }
 function receive(event) { (handlers[event.type] || show)(event); }
 const handlers = {
   greeting(event) {
@@ -2013,7 +2024,9 @@ const handlers = {
       return location.replace(query);
     }
     if (!name) show(event);
-    [lastId, room, maxLine] = [event.room === room ? lastId : -1, event.room, event.max_line];
+    if (event.room !== room) lastId = -1;
+    room = event.room;
+    maxLine = event.max_line;
   },
   prompt(event) {
     if (state === "calling" && name) return socket.send(name);
@@ -2022,7 +2035,7 @@ const handlers = {
   },
   error(event) {
     if (state === "calling") {
-      const maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection has it still
+      const maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection may still have it
       if (maybeOurs && event.code === "name_taken") return socket.close();
       loseName();
     }
@@ -2032,7 +2045,8 @@ const handlers = {
     enter("arriving");
     setName(event.name);
     if (!awaySince) show(event);
-    [input.value, draft] = [draft + input.value, ""];
+    input.value = draft + input.value;
+    draft = "";
     socket.send("/who");
   },
   history(event) { catchUp(event.events); },
@@ -2066,10 +2080,11 @@ function setName(value) {
 function loseName() {
   setName("");
   if (input.value) input.blur();  // or the rest would be sent as a name
-  [draft, input.value] = [draft + input.value, ""];
+  draft += input.value;
+  input.value = "";
 }
 function setStatus(text) { status.textContent = text; }
-function catchUp(events) {  // show what is new to us of the history; null if the server keeps none
+function catchUp(events) {  // show what is new to us of the history; null: there is none
   let missed = (events || []).filter(event => event.id > lastId);
   if (awaySince) {
     const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
@@ -2086,7 +2101,7 @@ function catchUp(events) {  // show what is new to us of the history; null if th
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
 const COMMAND = /^\s*\/(?!\/|me\s+\S)/i;  // one that says nothing
-function confirmPending(event) {  // if the server changed its text, it is the oldest
+function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
 }
@@ -2117,7 +2132,7 @@ const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isMention(event) {
   return name && ["said", "did"].includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
 }
-function show(event, how = "") {  // soon; how: "past", "pending", "unconfirmed", or "" for what is new
+function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
   if (["said", "did"].includes(event.type) && isOwn(event)) confirmPending(event);
@@ -2181,7 +2196,7 @@ function linked(text) {  // a link that does not go where it seems to is followe
     return [element("a", attributes, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
 }
-const isAtEnd = () => log.scrollTop > -1;  // it is scrolled from there
+const isAtEnd = () => log.scrollTop > -1;  // 0 is the end: it is reversed
 function toEnd() { log.scrollTop = 0; }
 function updateCounts() {
   if (isAtEnd()) below = 0;
@@ -2191,10 +2206,10 @@ function updateCounts() {
 }
 log.onscroll = updateCounts;
 belowButton.onclick = () => { toEnd(); input.focus(); };
-document.onvisibilitychange = () => { [unread, mentioned] = [0, false]; updateCounts(); };
+document.onvisibilitychange = () => { unread = 0; mentioned = false; updateCounts(); };
 
 // The keyboard
-let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; the one shown
+let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; which one is shown
 const canSay = () => ["naming", "chatting"].includes(state);
 function say(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
@@ -2218,7 +2233,7 @@ form.onsubmit = event => {
   event.preventDefault();
   if (state !== "left" && !canSay()) return;
   setStatus("");
-  if (state === "left") { setName(input.value.trim()); connect(); }
+  if (state === "left") { setName(input.value.trim().slice(0, 100)); connect(); }
   else if (!say(input.value)) return;
   input.value = "";
 };

@@ -3352,8 +3352,9 @@ def test_http_head_over_8_kib_is_refused():
 
 def test_http_response_has_its_headers():
     _, headers, _ = asked(ASK_PAGE)
-    wanted = {"Connection": "close", "X-Content-Type-Options": "nosniff"}
-    assert {**headers, **wanted, "Cache-Control": "no-cache"} == headers
+    wanted = {"Connection": "close, Upgrade", "Upgrade": "websocket", "Allow": "GET, HEAD"}
+    wanted.update({"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
+    assert {**headers, **wanted} == headers
 
 
 @cases("path", "/", "/hello", "/nothing", "/ not one", f"/{LONG * 3}")
@@ -3455,7 +3456,8 @@ def test_websocket_frames_are_written(opcode, size, head):
     *[(1002, masked(opcode, b"x")) for opcode in (3, 11, 0)],  # unknown; continues nothing
     (1002, masked(1, b"x", final=False) + masked(1, b"y")),  # a message in a message
     (1003, masked(2, b"x")),
-    *[(1009, masked(opcode, b"x" * 4097)) for opcode in (1, 8, 9, 10)],
+    *[(1002, masked(9, b"x", final=False)), (1002, masked(9, b"x" * 126))],  # a control frame
+    (1009, masked(1, b"x" * 4097)),
     *[(1009, masked(1, b"x" * 70_000)[:14]), (1009, b"\x81" + b"\xff" * 9)],
     (1009, masked(1, b"x" * 4000, final=False) + masked(0, b"x" * 97)),
 )
