@@ -1457,6 +1457,8 @@ class Reactor:
         protocol, fed = conn.protocol, False
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
         self.chat.changed[conn] = None
+        if self._ready_at(conn) <= self.now:
+            self.with_input[conn] = self.with_input.pop(conn, None)  # equal ones take turns
         while conn.state is not CLOSING:
             if self._ready_at(conn) > self.now:
                 unscanned, conn.unscanned = conn.unscanned, 0
@@ -1475,7 +1477,6 @@ class Reactor:
             elif fed:
                 return
             else:
-                self.with_input[conn] = self.with_input.pop(conn)  # equal ones take turns
                 fed, data = True, conn.read_buffer[:size]
                 conn.read_buffer = conn.read_buffer[size:]
                 self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)

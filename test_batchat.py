@@ -2596,6 +2596,18 @@ def test_iteration_adds_512_kib(world):
     assert not any(each.arrived for each in talkers)
 
 
+def test_full_iteration_lets_others_go_next(world, monkeypatch):
+    """Equal ones take turns, whether or not all that they were fed is processed."""
+    monkeypatch.setattr(batchat, "LAG_LIMIT", 2048)
+    flooder, mike = rested(world, "flooder", "mike")
+    flooder.types(*["/who"] * 1000)
+    world.run_once()
+    mike.types("hi")
+    world.run_once()
+    world.run_once()
+    assert "<mike> hi" in flooder.read()
+
+
 def test_input_is_read_16_kib_at_a_time(world):
     mike, _ = world.joins("mike"), pauses(world)
     mike.type(b"x" * 200_000)
