@@ -1261,6 +1261,7 @@ class Reactor:
         if self.now >= self.tick_at:
             self._tick()
         self._apply_backpressure()
+        # By now each reader has been sent all that was offered, or is blocked.
         for log in self.chat.logs.values():
             cursors = [each.outbox.cursor for each in self.blocked if each.outbox.log is log]
             log.trim(min([log.offered, *cursors]))
@@ -1323,11 +1324,7 @@ class Reactor:
         log.offered = end
 
     def _apply_backpressure(self) -> None:
-        """Pause the room while anybody lags; drop them when the stall budget is spent.
-
-        A blocked reader's cursor keeps the log from being trimmed.  Those over LAG_LIMIT lag: no
-        input is processed (`paused`) until they have caught up, or are dropped.
-        """
+        """Pause the room while anybody lags; drop them when the stall budget is spent."""
         for conn in self._lagging():
             # Try to send: the selector reports space only when there is much of it.
             del self.blocked[conn]
@@ -1846,7 +1843,7 @@ class Web(Protocol):
             return self._respond(400)
         if method not in ("GET", "HEAD"):
             return self._respond(405)
-        if path == "/chat":
+        if path == "/chat" and method == "GET":
             return self._upgrade(fields, rest[0])
         if path == "/hello":
             return self._respond(200, "Hello, World!")
@@ -1856,14 +1853,15 @@ class Web(Protocol):
 
     def _upgrade(self, fields: dict[str, str], rest: bytes) -> Message:
         """Open a WebSocket (RFC 6455, section 4.2); `rest` came after the head."""
-        if "websocket" not in fields.get("upgrade", "").lower():
+        key = fields.get("sec-websocket-key", "")
+        if not key or "websocket" not in fields.get("upgrade", "").lower():
             return self._respond(426)
         # Another site's page may call here, but it can't lie about its origin.
         host = fields.get("host", "").lower()
         ours = (f"http://{host}", f"https://{host}")
         if fields.get("origin", ours[0]).lower() not in ours:
             return self._respond(403)
-        accept = digest("sha1", fields.get("sec-websocket-key", "") + WEBSOCKET_GUID)
+        accept = digest("sha1", key + WEBSOCKET_GUID)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
         self.opened, self._data = True, rest
@@ -1916,7 +1914,9 @@ class Web(Protocol):
         if opcode == PING:
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
-            return self._end(int.from_bytes(payload[:2], "big"))  # the same code
+            code = int.from_bytes(payload[:2], "big")  # answered with the same
+            legal = not payload or 1000 <= code <= 4999 and code not in (1005, 1006, 1015)
+            return self._end(code if legal else 1002)
         elif not control:
             message = (self._message or b"") + payload
             self._message = None if final else message

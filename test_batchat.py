@@ -1813,10 +1813,10 @@ def test_readme_names_commands_and_what_they_show():
     named = {"//" if name[:2] == "//" else name for name in NAMED if name[0] == "/"}
     usages = {each.usage.split()[0] for each in batchat.COMMANDS.values()}
     assert usages - {"/op"} <= named <= {*batchat.COMMANDS}
-    examples = [(codes[0], shown) for codes, text in ROWS for shown in CODE.findall(text)]
+    examples = [(line, shown) for line, text in ROWS for shown in CODE.findall(text)]
     examples = [each for each in examples if re.match(r"(<|\[|\*+ )mike", each[1])]
     assert len(examples) >= 3  # said, did, and whispered
-    for line, shown in examples:
+    for (line, *_), shown in examples:
         room = Room()
         mike, ann = room.join("mike"), room.join("ann")
         mike.types(line)
@@ -3344,6 +3344,7 @@ ASK_PAGE = f"{PLAIN}\r\nHost: x\r\n\r\n".encode()
     *[(403, [{"Host": "", "Origin": origin}]) for origin in ("null", "", "http://evil.example")],
     *[(403, [{"Host": None}]), (101, [{"Host": None, "Origin": None}])],
     *[(101, [{"Upgrade": "h2c, WebSocket"}]), (426, [{"Upgrade": None}])],
+    *[(426, [{"Sec-WebSocket-Key": None}]), (404, [{}, "HEAD /chat HTTP/1.1"])],
     (200, [{"Host": None}, "GET / HTTP/1.0"]),
     *[(405, [{}, f"{verb} HTTP/1.1"]) for verb in ("POST /chat", "DELETE /hello")],
     *[(200, [{}, "GET /?from=here HTTP/1.1"]), (404, [{}, "GET /nothing HTTP/1.1"])],
@@ -3469,6 +3470,8 @@ def test_websocket_frames_are_written(opcode, size, head):
     (1002, masked(1, b"x", final=False) + masked(1, b"y")),  # a message in a message
     (1003, masked(2, b"x")),
     *[(1002, masked(9, b"x", final=False)), (1002, masked(9, b"x" * 126))],  # a control frame
+    (1002, masked(8, b"x")),  # half a close code, and some that nobody may send
+    *[(1002, masked(8, code.to_bytes(2, "big"))) for code in (0, 999, 1005, 1006, 1015, 5000)],
     (1009, masked(1, b"x" * 4097)),
     *[(1009, masked(1, b"x" * 70_000)[:14]), (1009, b"\x81" + b"\xff" * 9)],
     (1009, masked(1, b"x" * 4000, final=False) + masked(0, b"x" * 97)),
