@@ -2221,7 +2221,10 @@ def test_wrong_password_costs_50_lines(kept):
 def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
     for n in range(12):
         kept.wait(60)
-        kept.join(f"p{n}", "203.0.113.5").types("/op wrong", "/quit")
+        kept.limiter.tick()
+        guesser = kept.join(f"p{n}", "203.0.113.5")
+        guesser.types("/op wrong", "/quit")
+        kept.limiter.remove(guesser)
     assert caplog.messages == ["10 wrong passwords from 203.0.113.5"]
 
 
@@ -2468,6 +2471,19 @@ def test_lost_people_are_few_at_a_time(worlds, host):
     mike.types("one", "two", "three")
     world.wait(2.0)
     assert re.findall("<mike> (.*)\n", ann.read()) == ["one", "two", "three"]
+
+
+def test_lost_people_are_heard_while_places_are_free(worlds):
+    world = worlds(rate=10)
+    ann = world.joins("ann", host="198.51.100.1")
+    for n in range(40):
+        peer = world.joins(f"p{n}", host=f"203.0.113.{n}")
+        peer.types(*["hi"] * 60)
+        world.wait(0.01)
+        peer.break_down(errno.ECONNRESET)
+    world.joins("mike", host="198.51.100.2")
+    world.wait(10.0)
+    assert ann.read().count("hi") == 40 * 60
 
 
 def test_reconnecting_refills_no_bucket(paced):
@@ -2874,11 +2890,24 @@ def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
     assert protocol.take_interrupt(b"", 0)
 
 
-def test_search_for_ctrl_c_goes_on_where_feed_stopped():
+def test_scan_for_ctrl_c_goes_on_where_feed_stopped():
     protocol = Telnet()
     protocol.feed(b"\xe3\x83")
-    assert not protocol.take_interrupt(b"\xff\xf3", 2)  # the rest of a letter
-    assert protocol.take_interrupt(b"\xff\xf3\xff\xf4", 2)
+    assert not protocol.take_interrupt(b"\xff\xf4", 2)  # the rest of a letter
+    assert protocol.take_interrupt(b"\xff\xf4\xff\xf4", 2)
+
+
+def test_each_byte_is_scanned_once_for_ctrl_c(paced, monkeypatch):
+    mike, sizes, split = paced.joins("mike"), [], batchat.split_commands
+    mike.types(*["hi"] * 60)
+    paced.wait(0.1)
+    monkeypatch.setattr(
+        batchat, "split_commands", lambda data: sizes.append(len(data)) or split(data)
+    )
+    for _ in range(100):
+        mike.type(b"x" * 100)
+        paced.run_once()
+    assert 10_000 <= sum(sizes) < 12_000
 
 
 @cases(
@@ -2951,12 +2980,13 @@ def test_nothing_is_kept_of_people_who_left(room):
     ("2001:db8::7", "2001:db8:0:1::1", "2001:db8::/64"),
     *[("203.0.113.5", ours, "203.0.113.5") for ours in ("203.0.113.1", "fe80::1%eth0")],
 )
-def test_ipv6_64_counts_as_one_address(room, host, ours, group):
+def test_ipv6_64_counts_as_one_address(worlds, monkeypatch, host, ours, group):
     """But in our own network, each address does."""
-    person = batchat.Person("", room.chat.logs[Telnet], 0.0)
-    room.limiter.own_networks = {batchat.parse_host(ours).network} if ours else set()
-    room.limiter.add(person, host)
-    assert [*room.limiter.quotas] == [group]
+    world = worlds()
+    monkeypatch.setattr(SimulatedSocket, "getsockname", lambda sock: (ours or "127.0.0.1", 1337))
+    world.joins("mike", host=host)
+    world.wait()
+    assert [*world.reactor.limiter.quotas] == [group]
 
 
 def test_table_of_addresses_is_bounded(room, monkeypatch):
