@@ -4062,6 +4062,8 @@ def test_page_that_left_asks_for_a_name(mike, jonny):
     jonny.expect("* mike is now known as mick\n* mick has quit the chat\n")
     mike.shows("You left. Enter a name to rejoin.")
     mike.gives("find('form button').textContent", "Join")
+    mike.does("input.value = 'x'.repeat(5000); form.requestSubmit()")
+    mike.shows(f"* {NAME_RULE}")
     mike.enters("jonny")
     mike.shows("* The name jonny is taken.")
     mike.enters("ann")
