@@ -3883,10 +3883,10 @@ def test_page_shows_own_lines_as_pending(mike, page_server):
 def test_page_confirms_the_line_that_came_back(page):
     """A line that the room did not say does not stay pending before one that it said."""
     page.does(MUTE)
-    page.enters("one", "two", "three")
+    page.enters("one", "/me waves", "three")
     page.receives(said(name="mike", type="renamed", to="mike"))
     page.gives("[pendingBox.childElementCount, pending.length]", [3, 3])
-    page.receives(said("two", "mike"))
+    page.receives(said("waves", "mike", type="did"))
     page.gives("pendingBox.childElementCount", 1)
     assert page.lines("#pending") == ["<mike> three"]
     page.receives(said("changed by the room", "mike"))
