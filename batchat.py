@@ -693,8 +693,8 @@ class Limiter:
         """The connection to close first if too many like this are departing; else None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > max(quota.spare, quota.free):
-                # One that is done, or else the oldest.
-                return max(quota.departing, key=lambda each: each.is_done)
+                # One that is done, or else the one that has used most.
+                return max(quota.departing, key=lambda each: (each.is_done, each.virtual_time))
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
@@ -1005,13 +1005,12 @@ class Chat:
             raise CommandError(f"Nobody here is called {name}.")
         return person
 
-    def _key_of(self, target: str) -> str:
-        """What to ban for an address, an IPv6 /64 or a name; raises CommandError."""
+    def _host_of(self, target: str) -> Host:
+        """The host for an address, an IPv6 /64 or a name; raises CommandError."""
         try:
-            host = parse_host(target)
+            return parse_host(target)
         except ValueError:
-            host = self._find(target, former=True).host
-        return self.limiter.counted_as(host)
+            return self._find(target, former=True).host
 
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
@@ -1113,7 +1112,7 @@ class Chat:
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
-        key = self._key_of(target)
+        key = self.limiter.counted_as(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
@@ -1142,11 +1141,12 @@ class Chat:
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, target: str) -> None:
-        key = self._key_of(target)
-        if not self.limiter.bans.pop(key, None):
+        ended = [key for key in self._host_of(target) if self.limiter.bans.pop(key, None)]
+        if not ended:
             raise CommandError(f"{target} is not banned.")
-        logger.info("%s ended the ban of %s", person.name, key)
-        self.send(person, "notice", text=f"{key} is no longer banned.")
+        for key in ended:
+            logger.info("%s ended the ban of %s", person.name, key)
+            self.send(person, "notice", text=f"{key} is no longer banned.")
 
 
 # ---
