@@ -4023,11 +4023,12 @@ def test_page_shows_why_it_was_disconnected(page):
     again, never = ["full", "crowded", "shutdown"], ["banned", "kicked", "timeout", "tries"]
     for code in again + never:
         page.receives({"type": "closing", "code": code, "text": f"That was {code}."})
-        page.does(f"pause = 1; socket.onclose({{code: {batchat.CLOSE_CODES.get(code, 1000)}}})")
+        number = batchat.CLOSE_CODES.get(code, 1000)
+        page.does(f"awaySince = pause = 1; socket.onclose({{code: {number}}})")
         page.gives(f"{LAST}.innerText.endsWith('* That was {code}.')")
         way = "Reconnecting in 1 s \u2026" if code in again else "Enter a name to rejoin."
         page.gives("status.textContent", f"Disconnected. {way}")
-    page.gives("[state, pause, closing]", ["left", 1, ""])
+    page.gives("[state, pause, closing, awaySince]", ["left", 1, "", 0])
 
 
 def test_page_that_is_refused_comes_in_later(mike):
