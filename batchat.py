@@ -290,6 +290,8 @@ class Outbox:
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
         if not self.write_closed:
             self.private_bytes += len(private)
+            if self.splices and self.splices[-1][2] == offset and not private:
+                offset, private, _ = self.splices.pop()  # leave out both, with one splice
             self.splices.append((offset, private, resume))
 
     def unsent(self) -> memoryview:
@@ -345,7 +347,7 @@ class Protocol:
         raise NotImplementedError
 
     def feed(self, data: bytes) -> None:
-        """Take what the peer sent; b"" is the end of the stream."""
+        """Take what the peer sent, when `next` has returned None; b"" is the end of the stream."""
 
     def next(self) -> Message | None:
         """The next line or signal, DISCONNECT last; None if more must be read first."""
@@ -441,6 +443,8 @@ def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
     Returns the text, with keys for commands; an incomplete character or command at the end, which
     belongs before what comes next; and the replies.
     """
+    if data.isascii():  # the usual case
+        return data, b"", b""
     text, end, rest, replies = bytearray(), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
@@ -483,6 +487,8 @@ class Telnet(Protocol):
             self._text += CTRL_D  # the end of the stream counts as one
             return
         text, self._rest, replies = split_commands(self._rest + data)
+        for key in (CTRL_C, CTRL_D):  # what comes after one of them is ignored
+            text = b"".join(text.partition(key)[:2])
         after_cr = self._last == b"\r"
         self._last = text[-1:] or self._last
         if after_cr and text[:1] in (b"\n", b"\0"):
@@ -511,14 +517,14 @@ class Telnet(Protocol):
         return True
 
     def next(self) -> Message | None:
-        end = self._text.find(b"\n", self._taken)
-        line = self._text[self._taken : end if end >= 0 else None]
-        if CTRL_C in line or CTRL_D in line:
-            return DISCONNECT
+        start, end = self._taken, self._text.find(b"\n", self._taken)
         if end < 0:
-            self._text, self._taken = line[: LINE_LIMIT + 1], 0  # enough to see that it is too long
+            if self._text.endswith((CTRL_C, CTRL_D)):
+                return DISCONNECT
+            # One byte over the limit is enough to see that a line is too long.
+            self._text, self._taken = self._text[start : start + LINE_LIMIT + 1], 0
             return None
-        self._taken = end + 1
+        line, self._taken = self._text[start:end], end + 1
         return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
 
 
@@ -854,7 +860,8 @@ class Chat:
                 log.append(data)
                 self.new_bytes += len(data)
         if kind in ("said", "did"):
-            self.history.append(event, person.host)
+            if self.settings.history:
+                self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for each in self._ignorers.get(person, ()):

@@ -1374,6 +1374,16 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
     assert not any([*(each.has_pending for each in outboxes), log.data])
 
 
+def test_own_lines_in_a_row_are_one_splice():
+    log = batchat.Log(Telnet)
+    outbox = batchat.Outbox(log)
+    outbox.join()
+    for _ in range(1000):
+        log.append(b"own")
+        outbox.exclude_newest()
+    assert outbox.splices == [(0, b"", 3000)]
+
+
 def test_line_encoded_once_per_format(room, monkeypatch):
     for protocol in (Telnet, Web):
         monkeypatch.setattr(protocol, "encode", mock.Mock(side_effect=protocol.encode))
