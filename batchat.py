@@ -253,7 +253,7 @@ class Outbox:
 
     @property
     def lag(self) -> int:
-        """Bytes of the log to be sent yet; a splice counts as SPLICE_SIZE."""
+        """Bytes of the log that this cursor keeps; a splice counts as SPLICE_SIZE."""
         return max(0, self.log.end - self.cursor) + len(self.splices) * SPLICE_SIZE
 
     @property
@@ -291,7 +291,7 @@ class Outbox:
         if not self.write_closed:
             self.private_bytes += len(private)
             if self.splices and self.splices[-1][2] == offset and not private:
-                offset, private, _ = self.splices.pop()  # leave out both, with one splice
+                offset, private, _ = self.splices.pop()  # extend it; its private bytes stay
             self.splices.append((offset, private, resume))
 
     def unsent(self) -> memoryview:
@@ -353,9 +353,10 @@ class Protocol:
         """The next line or signal, DISCONNECT last; None if more must be read first."""
 
     def take_interrupt(self, unfed: bytes, unscanned: int) -> bool:
-        """Scan the last `unscanned` bytes of `unfed`, which wait to be fed, for Ctrl-C.
+        """Look for Ctrl-C in the last `unscanned` bytes of `unfed`, which have to wait.
 
-        Returns whether there was one, now or before.  Then all lines that wait are dropped.
+        Returns whether there was one, now or before.  Then waiting lines are dropped, and `next`
+        returns DISCONNECT.
         """
         return False
 
@@ -369,7 +370,7 @@ ESCAPE = re.compile(
     r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -.]* [@-~]  # CSI, parameters, final byte
       | \x1bO [@-~]  # SS3 and its letter
       | \x1b\] [^\x07\x1b]* (?: \x07 | \x1b\\ | \Z )  # OSC up to its end
-      | \x1b [^\x1b/]?  # any other character; not a slash, for /op stays a command""",
+      | \x1b [^\x1b/]?  # any other character, but not a slash: /op stays a command""",
     re.VERBOSE | re.DOTALL,
 )
 # Control characters, line separators, and bidirectional controls (Unicode UAX #9, 2.1 to 2.5).
@@ -506,7 +507,7 @@ class Telnet(Protocol):
 
     def take_interrupt(self, unfed: bytes, unscanned: int) -> bool:
         if CTRL_C not in self._text:
-            scanned = max(0, len(unfed) - unscanned)  # what was scanned may be fed by now
+            scanned = max(0, len(unfed) - unscanned)  # 0 if unscanned bytes were fed already
             if not scanned:  # start where `feed` stopped
                 self._scan_rest = self._rest
             text, self._scan_rest, replies = split_commands(self._scan_rest + unfed[scanned:])
@@ -539,10 +540,10 @@ class Telnet(Protocol):
 # CHATTING       kicked, too far behind                CLOSING; the others are told
 # either         /quit, Ctrl-C, Ctrl-D, EOF, an error  CLOSING; if CHATTING, the others are told
 #                shutdown                              CLOSING
-#                a reset, no answer to pings           the same, but `lost`; then CLOSING when what
-#                                                      they sent is processed, or time is up
+#                a reset, no answer to pings           unchanged, but `lost`; CLOSING when what they
+#                                                      sent is processed, or time is up
 # CLOSING        all is sent and the peer has closed,  forgotten
-#                or time is up
+#                time is up, or too many depart
 #
 # A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
 # The rejected, the lost and the CLOSING are departing: they take no place (see Quota).
@@ -569,7 +570,7 @@ class Person:
         self.name = ""
         self.prompts = 0  # for a name, so far
         self.operator = False
-        self.virtual_time = 0.0  # fair queueing: the lowest is served first
+        self.virtual_time = 0.0  # fair queueing: the lowest is served first; tokens raise it
 
     @property
     def deadline(self) -> float:
@@ -612,7 +613,7 @@ class Quota:
 
     @property
     def free(self) -> int:
-        """Free places; below 0 if too many are taken, or without a limit."""
+        """Free places; below 0 if too many are taken, and never above 0 without a limit."""
         return self.limit - self.connections + len(self.departing)
 
 
@@ -666,7 +667,7 @@ class Limiter:
         if person.rejected or person.lost:
             self.mark_departing(person)
         if self.settings.rate:
-            self._move_back(person, JOIN_TOKENS)  # else anyone who reconnects would be first
+            self._move_back(person, JOIN_TOKENS)  # else reconnecting would put them first
 
     def counted_as(self, host: Host) -> str:
         """What counts as one: an IPv6 /64, but in our own networks each address."""
@@ -696,7 +697,7 @@ class Limiter:
         return self.quotas[key]
 
     def to_evict(self, person: Person) -> Any:
-        """The connection to close first if too many like this are departing; else None."""
+        """The one to close if too many are departing, in all or from this address; or None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > max(quota.spare, quota.free):
                 # One that is done, or else the one that has used most.
@@ -801,8 +802,8 @@ def check_name(text: str) -> str:
     good = 1 <= len(name) <= NAME_LIMIT and kinds[0][0] != "M" and not INVISIBLE.search(name)
     good = good and all(kind[0] in "LM_-." or kind == "Nd" for kind in kinds)
     if not good or re.fullmatch(r"\d+(\.\d+){3}", name):
-        rule = f"1 to {NAME_LIMIT} letters, digits, '_', '-' and '.', and is no IP address"
-        raise CommandError(f"A name has {rule}.", "bad_name")
+        allowed = f"1 to {NAME_LIMIT} letters, digits, '_', '-' and '.'"
+        raise CommandError(f"A name has {allowed}, and is no IP address.", "bad_name")
     return name
 
 
@@ -850,7 +851,7 @@ class Chat:
 
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show everyone in the room an event; but hide what is said from those who ignore it."""
+        """Show everyone in the room an event, except talk to those who ignore the speaker."""
         self._last_id += 1
         event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name}
         event.update(fields)
@@ -925,7 +926,8 @@ class Chat:
     def disconnect(self, person: Person, reason: str, **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
 
-        If `reason` has a CLOSING_TEXT, the person is sent that, filled with `fields`.
+        `reason` goes to the log.  If it is a key of CLOSING_TEXT, it is also the code of a
+        `closing` event for the person, whose text is filled with `fields`.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -944,7 +946,7 @@ class Chat:
         self.limiter.mark_departing(person)
         if reason in CLOSING_TEXT and person.protocol.opened:
             self.send(person, "closing", code=reason, text=CLOSING_TEXT[reason].format_map(fields))
-        self.send_raw(person, person.protocol.close(reason))  # b"", too: it marks them as changed
+        self.send_raw(person, person.protocol.close(reason))  # b"", too: this marks them as changed
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
         """Disconnect everyone; nobody reads that the others left."""
@@ -980,7 +982,7 @@ class Chat:
         if isinstance(line, int):
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise CommandError(text, "too_long")
-        if password := PASSWORD_LINE.match(line):
+        if password := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op{password[1]}"
         if line.lstrip()[:1] == "/":
             self._run_command(person, line)
@@ -1006,7 +1008,7 @@ class Chat:
         """Who has this name, or (`former`) had it last, here or gone; raises CommandError."""
         key, oldest = name_key(name), self.limiter.now - FORMER_NAME_SECONDS
         entries = reversed(self._former_names) if former else ()
-        owners = (each for left_at, old, each in entries if old == key and left_at > oldest)
+        owners = (each for at, old_key, each in entries if old_key == key and at > oldest)
         person = self.people.get(key) or next(owners, None)
         if not person:
             raise CommandError(f"Nobody here is called {name}.")
@@ -1028,7 +1030,7 @@ class Chat:
         may_try = found is COMMANDS["/op"] and self.settings.password  # anyone may
         if not found or (found.operators and not person.operator and not may_try):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
-        _, *parameters = found.usage.split()
+        _, *parameters = found.usage.split()  # the last takes the rest; those in [] are optional
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
             raise CommandError(f"Usage: {found.usage}", "usage")
@@ -1165,7 +1167,7 @@ SOCKET_OPTIONS = [
     for name, value in [
         ("TCP_NODELAY", 1),  # a line is sent at once
         ("SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
-        # A buffer of the system's choice grows: a stalled reader seems to read on.
+        # A buffer that the system lets grow would hide that a reader has stalled.
         ("SO_SNDBUF", 2 << 20),  # bytes; Linux doubles it
         ("SO_KEEPALIVE", 1),
         ("TCP_KEEPIDLE", 60),  # seconds of silence before the first probe
@@ -1304,7 +1306,7 @@ class Reactor:
         for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
             if self.clock() > until:
                 return
-            # Ctrl-C is looked for even while they wait.
+            # Ctrl-C counts even in input that has to wait.
             if self._ready_at(conn) <= self.now or conn.unscanned:
                 self._guard(self._process_input, conn)
 
@@ -1333,7 +1335,7 @@ class Reactor:
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
         for conn in self._lagging():
-            # Try to send: the selector reports space only when there is much of it.
+            # Try to send: the selector reports space only when a lot is free.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:
@@ -1380,14 +1382,14 @@ class Reactor:
                 sock, address = listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # no descriptors, say: the next tick tries again
+            except OSError as error:  # no descriptors, for example; the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
             if not address:  # on macOS: the caller is gone again
                 continue
             host, port = address[:2]
-            origin = f"{re.sub('^::ffff:', '', host)} port {port}"  # IPv4 as such
+            origin = f"{re.sub('^::ffff:', '', host)} port {port}"  # IPv4 without its IPv6 prefix
             log = self.chat.logs[self.listeners[listener]]
             conn = Connection(sock, origin, log, self.now)
             self.connections[conn] = None
@@ -1429,7 +1431,7 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", conn.origin)
             why = "an internal error"
-        self._drop(conn, why)  # outside `except`, where the traceback keeps a view of the log
+        self._drop(conn, why)  # not in `except`: the traceback would keep a view of the log
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
@@ -1456,7 +1458,7 @@ class Reactor:
     def _process_input(self, conn: Connection) -> None:
         """Handle messages until tokens or input run out, and feed the protocol at most once.
 
-        A `return` keeps the person in `with_input`.
+        `return` keeps the person in `with_input`; `break` means that nothing is left.
         """
         protocol, fed = conn.protocol, False
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
@@ -1464,18 +1466,18 @@ class Reactor:
         if self._ready_at(conn) <= self.now:
             self.with_input[conn] = self.with_input.pop(conn, None)  # equal ones take turns
         while conn.state is not CLOSING:
-            if self._ready_at(conn) > self.now:
+            if self._ready_at(conn) > self.now:  # only Ctrl-C gets through
                 unscanned, conn.unscanned = conn.unscanned, 0
                 if not protocol.take_interrupt(conn.read_buffer, unscanned):
                     return
-            message = protocol.next()  # after Ctrl-C, DISCONNECT
+            message = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(conn, protocol.replies)
                 protocol.replies = b""
             if message is not None:
                 self.chat.handle(conn, message)
                 if message is CONNECTED:
-                    self._evict(conn)  # a proxy may have told another address
+                    self._evict(conn)  # a proxy may have given another address
             elif not conn.read_buffer and not conn.eof:
                 break
             elif fed:
@@ -1519,7 +1521,7 @@ class Reactor:
                 self._lose(conn, error.strerror)
 
     def _lose(self, conn: Connection, why: str | None) -> None:
-        """Send nothing more: the peer would miss something.  What was read is still processed."""
+        """Send nothing more: the peer has missed something.  What was read is still processed."""
         if not conn.lost:
             conn.lost = why or "lost"
             conn.timer_start = self.now
@@ -1540,7 +1542,7 @@ class Reactor:
         """End a connection at once; what is pending is lost."""
         if conn.state is not CLOSING:
             self.chat.disconnect(conn, reason)
-        # A plain close leaves a full send buffer to the system for two minutes (tcp(7)).
+        # A plain close would keep a full send buffer in the kernel for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
             conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._close(conn)
@@ -1702,7 +1704,7 @@ def stop_on_signals(reactor: Reactor) -> None:
     reader, writer = socket.socketpair()
 
     def on_signal(signum: int, frame: object) -> None:
-        writer.send(b"!")  # wakes the event loop, which is in the middle of something
+        writer.send(b"!")  # wakes the event loop, which stops the server
         for each in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
             signal.signal(each, signal.SIG_DFL)
 
@@ -1921,7 +1923,7 @@ class Web(Protocol):
         if opcode == PING:
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
-            code = int.from_bytes(payload[:2], "big")  # answered with the same
+            code = int.from_bytes(payload[:2], "big")  # we answer with the same
             legal = not payload or 1000 <= code <= 4999 and code not in (1005, 1006, 1015)
             return self._end(code if legal else 1002)
         elif not control:
@@ -1944,7 +1946,7 @@ STYLE = """
 * { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
 body { display: flex; flex-direction: column; height: 100dvh; background: Canvas;
   font: 16px/1.45 ui-monospace, Consolas, monospace; }
-/* Reversed, it is scrolled from its end: the browser keeps the newest line in sight, or what is being read. */
+/* Reversed, scrolling starts at the end: the browser keeps the newest line in sight, or what is being read. */
 main { flex: 1; display: flex; flex-direction: column-reverse; overflow-y: auto; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
@@ -1992,7 +1994,7 @@ try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 // naming    welcome: arriving
 // arriving  the answer to our own /who: chatting
 // left      the user enters a name: calling
-let state, socket, room, maxLine;  // the last two are of the last greeting
+let state, socket, room, maxLine;  // room and maxLine come from the last greeting
 let pause = 1;  // seconds until the next try
 let closing;  // the last closing code
 let awaySince = 0;  // when the room was lost, unless we left it
@@ -2108,7 +2110,7 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
-const COMMAND = /^\s*\/(?!\/|me\s+\S)/i;  // one that says nothing
+const COMMAND = /^\s*\/(?!\/|me\s+\S)/i;  // one after which the server says no line
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
@@ -2148,7 +2150,7 @@ function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
   }
-  queue.push({ ...event, how });
+  queue.push({ ...event, how, own: isOwn(event), mention: isMention(event) });  // our name may change
   if (queue.length > KEPT) queue.shift();
   paintSoon();
 }
@@ -2163,16 +2165,16 @@ function paint() {
     const day = event.at ? dateOf(event).toDateString() : lastDay;
     if (day !== lastDay) lines.append(paragraph({ type: "gap", text: lastDay = day }));
     lines.append(paragraph(event));
-    if (!following && !event.how && !isOwn(event)) below += 1;
+    if (!following && !event.how && !event.own) below += 1;
   }
   while (lines.childElementCount > KEPT) lines.firstChild.remove();
-  pendingBox.replaceChildren(...pending.slice(0, 20).map(own => paragraph({ ...own, how: "pending" })));
+  pendingBox.replaceChildren(...pending.slice(0, 20).map(event => paragraph({ ...event, how: "pending", own: true })));
   if (queue.length) paintSoon();
   updateCounts();
 }
 function paragraph(event) {
-  const { type, how } = event, own = TALK.includes(type) && isOwn(event) && "own";
-  const className = [type, how, own, isMention(event) && "mention"].filter(Boolean).join(" ");
+  const { type, how } = event, own = TALK.includes(type) && event.own && "own";
+  const className = [type, how, own, event.mention && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, i) =>
     i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part]))) : part);
   const timed = !["greeting", "prompt", "gap"].includes(type);

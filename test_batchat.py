@@ -3908,6 +3908,12 @@ def test_page_confirms_the_line_that_came_back(page):
     page.gives("[pendingBox.childElementCount, pending.length]", [0, 0])
 
 
+def test_page_marks_own_lines_before_a_rename(page):
+    page.receives(said("hi", "mike"), said(name="mike", type="renamed", to="mick"))
+    page.gives("name", "mick")
+    page.gives("document.querySelectorAll('#lines .said.own').length", 1)
+
+
 def test_page_shows_a_few_of_many_pending_lines(page):
     """They do not fill the screen; all of them are confirmed."""
     page.does(MUTE + "for (let n = 0; n < 500; n += 1) say('line ' + n)")
