@@ -37,8 +37,9 @@ import unicodedata
 from base64 import b64encode
 from collections import defaultdict, deque
 from contextlib import suppress
+from enum import Enum
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Iterable, NamedTuple, TextIO, Union
+from typing import Any, Callable, Dict, Final, Iterable, NamedTuple, TextIO, Union
 
 __version__ = "1.1.0"
 
@@ -324,11 +325,18 @@ class Outbox:
 # ---
 # 4. Protocol, Telnet
 
-# What a protocol reports besides lines
-CONNECTED = 1  # a WebSocket is open: greet the person
-TOO_LONG = 2  # a line over LINE_LIMIT, which was dropped
-DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
-Message = Union[str, int]
+class Signal(Enum):
+    """What a protocol reports besides lines."""
+
+    CONNECTED = "a WebSocket is open: greet the person"
+    TOO_LONG = "a line was over LINE_LIMIT, and was dropped"
+    DISCONNECT = "Ctrl-C or Ctrl-D, or the protocol has ended"
+
+
+CONNECTED: Final = Signal.CONNECTED
+TOO_LONG: Final = Signal.TOO_LONG
+DISCONNECT: Final = Signal.DISCONNECT
+Message = Union[str, Signal]
 
 
 class Protocol:
@@ -547,7 +555,11 @@ class Telnet(Protocol):
 #
 # A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
 # The rejected, the lost and the CLOSING are departing: they take no place (see Quota).
-AWAITING_NAME, CHATTING, CLOSING = range(3)
+class State(Enum):
+    AWAITING_NAME, CHATTING, CLOSING = range(3)
+
+
+AWAITING_NAME, CHATTING, CLOSING = State
 NEVER = float("inf")
 
 
@@ -963,12 +975,15 @@ class Chat:
         try:
             if message is DISCONNECT:
                 self.disconnect(person, person.lost or "the connection ended")
-            elif person.state is CHATTING:
-                self._take_line(person, message)
             elif message is CONNECTED:
                 self.greet(person)
-            elif isinstance(message, int) or HTTP_REQUEST.match(message):
-                self.disconnect(person, "sent no name")  # TOO_LONG, or HTTP
+            elif person.state is CHATTING:
+                if message is TOO_LONG:
+                    text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
+                    raise CommandError(text, "too_long")
+                self._take_line(person, message)
+            elif message is TOO_LONG or HTTP_REQUEST.match(message):  # a web request, long or not
+                self.disconnect(person, "sent no name")
             elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
                 self.disconnect(person, "quit")
             else:
@@ -978,10 +993,7 @@ class Chat:
             if person.state is AWAITING_NAME:
                 self._ask_for_name(person)
 
-    def _take_line(self, person: Person, line: Message) -> None:
-        if isinstance(line, int):
-            text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
-            raise CommandError(text, "too_long")
+    def _take_line(self, person: Person, line: str) -> None:
         if password := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op{password[1]}"
         if line.lstrip()[:1] == "/":
@@ -1876,7 +1888,7 @@ class Web(Protocol):
         self.opened, self._data = True, rest
         return CONNECTED
 
-    def _respond(self, code: int, body: str = "", kind: str = "plain") -> int:
+    def _respond(self, code: int, body: str = "", kind: str = "plain") -> Signal:
         """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
