@@ -65,7 +65,7 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 """[1:]
 
 # How each type of event reads on telnet.  The page uses these, too, except greeting and help.
-TEXT = {
+TEMPLATES = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
     "welcome": "{text}\n\n",
@@ -100,7 +100,7 @@ PROMPT = "Please enter your name, and press enter: "
 
 def text_of(event: Event) -> str:
     """An event as telnet shows it, with newlines as line ends."""
-    kind, template = event["type"], TEXT[event["type"]]
+    kind, template = event["type"], TEMPLATES[event["type"]]
     if kind == "people":
         names = [
             "@" * row["operator"] + row["name"] + f" ({row.get('address')})" * ("address" in row)
@@ -114,7 +114,7 @@ def text_of(event: Event) -> str:
             return ""
         since = template.format(since=local_time(event["events"][0]["at"]))
         lines = [f"{local_time(each['at'])[-5:]} {text_of(each)}" for each in event["events"]]
-        return "".join([since, *lines, TEXT["history_end"]])
+        return "".join([since, *lines, TEMPLATES["history_end"]])
     return template.format_map(event)
 
 
@@ -214,8 +214,8 @@ class Log:
     Only its tail is kept.  It can't grow or be trimmed while a memoryview of `data` is alive.
     """
 
-    def __init__(self, protocol: type[Protocol]) -> None:
-        self.protocol = protocol
+    def __init__(self, protocol_class: type[Protocol]) -> None:
+        self.protocol_class = protocol_class
         self.readers: dict[Any, None] = {}  # an ordered set: those in the room
         self.data = bytearray()
         self.start = 0  # offset of data[0]
@@ -348,7 +348,7 @@ class Protocol:
     opened = True  # whether events can be sent
     replies = b""  # what the protocol itself answers
     behind_proxy = False  # trust the peer's X-Forwarded-For
-    caller = ""  # the address in it
+    forwarded_for = ""  # the address in it
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -571,9 +571,9 @@ class Person:
     quota: Quota
     bucket: TokenBucket
 
-    def __init__(self, origin: str, log: Log, now: float) -> None:
-        self.origin = origin  # where they connected from, for our own log
-        self.protocol = log.protocol()
+    def __init__(self, peer: str, log: Log, now: float) -> None:
+        self.peer = peer  # where they connected from, for our own log
+        self.protocol = log.protocol_class()
         self.outbox = Outbox(log)
         self.state = AWAITING_NAME
         self.timer_start = now  # when they connected, were lost or began to close
@@ -596,8 +596,8 @@ class Person:
         return self.timer_start + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
 
     @property
-    def is_done(self) -> bool:
-        """Whether the connection can be closed at once."""
+    def all_sent(self) -> bool:
+        """Whether nothing more will be sent: the connection can be closed."""
         return self.state is CLOSING and not self.outbox.has_pending
 
 
@@ -713,7 +713,7 @@ class Limiter:
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > max(quota.spare, quota.free):
                 # One that is done, or else the one that has used most.
-                return max(quota.departing, key=lambda each: (each.is_done, each.virtual_time))
+                return max(quota.departing, key=lambda each: (each.all_sent, each.virtual_time))
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
@@ -819,11 +819,11 @@ def check_name(text: str) -> str:
     return name
 
 
-Run = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
+Handler = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
 
 
 class Command(NamedTuple):
-    run: Run
+    run: Handler
     usage: str  # its name and arguments, optional ones in brackets
     text: str  # what it does
     operators: bool  # whether it is for them alone
@@ -832,10 +832,12 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {}  # by name and alias
 
 
-def command(usage: str, text: str, *aliases: str, operators: bool = False) -> Callable[[Run], Run]:
+def command(
+    usage: str, text: str, *aliases: str, operators: bool = False
+) -> Callable[[Handler], Handler]:
     """Make a method of Chat a command; its last argument takes the rest of the line."""
 
-    def register(run: Run) -> Run:
+    def register(run: Handler) -> Handler:
         names = (usage.split()[0], *aliases)
         COMMANDS.update(dict.fromkeys(names, Command(run, usage, text, operators)))
         return run
@@ -853,7 +855,7 @@ class Chat:
         self.logs = {protocol: Log(protocol) for protocol in protocols}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
-        self.changed: dict[Any, None] = {}  # the people who must be reconciled
+        self.to_reconcile: dict[Any, None] = {}  # the people for whom something has changed
         self.new_bytes = 0  # of events and private bytes, in this iteration
         self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
@@ -869,7 +871,7 @@ class Chat:
         event.update(fields)
         for log in self.logs.values():
             if log.readers:
-                data = log.protocol.encode(event)
+                data = log.protocol_class.encode(event)
                 log.append(data)
                 self.new_bytes += len(data)
         if kind in ("said", "did"):
@@ -886,16 +888,16 @@ class Chat:
     def send_raw(self, person: Person, data: bytes) -> None:
         person.outbox.insert(data)
         self.new_bytes += len(data)
-        self.changed[person] = None
+        self.to_reconcile[person] = None
 
     # Joining and leaving
     def greet(self, person: Person) -> None:
         """Greet a caller and ask for a name, or say why they may not join."""
-        caller = person.protocol.caller
-        if caller:  # from a proxy: count them under this address
-            person.origin = f"{caller} through {person.origin}"
+        address = person.protocol.forwarded_for
+        if address:  # from a proxy: count them under this address
+            person.peer = f"{address} through {person.peer}"
             self.limiter.remove(person)
-            self.limiter.add(person, caller)
+            self.limiter.add(person, address)
         if not self._reject(person):
             fields = {"banner": BANNER, "text": self.settings.welcome, "room": self.room}
             self.send(person, "greeting", protocol=PROTOCOL_VERSION, **fields, max_line=LINE_LIMIT)
@@ -933,7 +935,7 @@ class Chat:
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.settings.history:
             self.send_raw(person, self.history.encode(type(person.protocol)))
-        logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
+        logger.info("%s joined from %s (%d here)", name, person.peer, len(self.people))
 
     def disconnect(self, person: Person, reason: str, **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
@@ -950,9 +952,9 @@ class Chat:
                 ignorers.discard(person)
             self.publish("kicked" if reason == "kicked" else "quit", person, **fields)
             here = len(self.people)
-            logger.info("%s left: %s (%s, %d here)", person.name, reason, person.origin, here)
+            logger.info("%s left: %s (%s, %d here)", person.name, reason, person.peer, here)
         else:
-            logger.debug("%s left before joining: %s", person.origin, reason)
+            logger.debug("%s left before joining: %s", person.peer, reason)
         person.state = CLOSING
         person.timer_start = self.limiter.now
         self.limiter.mark_departing(person)
@@ -1070,12 +1072,12 @@ class Chat:
 
     @command("/msg NAME TEXT", "say something to one person alone")
     def _msg(self, person: Person, name: str, text: str) -> None:
-        reader = self._find(name)
-        fields = {"at": self.wall_time, "from": person.name, "to": reader.name, "text": text}
-        if reader is not person and reader not in self._ignorers.get(person, ()):
-            if reader.outbox.private_bytes > WHISPER_LIMIT:
-                raise CommandError(f"{reader.name} has too much to read; your line was not sent.")
-            self.send(reader, "whisper", **fields)
+        other = self._find(name)
+        fields = {"at": self.wall_time, "from": person.name, "to": other.name, "text": text}
+        if other is not person and other not in self._ignorers.get(person, ()):
+            if other.outbox.private_bytes > WHISPER_LIMIT:
+                raise CommandError(f"{other.name} has too much to read; your line was not sent.")
+            self.send(other, "whisper", **fields)
         self.send(person, "whisper", **fields)
 
     @command("/nick NAME", "change your name")
@@ -1087,7 +1089,7 @@ class Chat:
         self.people[name_key(name)] = person
         self.limiter.charge(person, RENAME_TOKENS)
         self.publish("renamed", person, to=name)
-        logger.info("%s is now %s (%s)", person.name, name, person.origin)
+        logger.info("%s is now %s (%s)", person.name, name, person.peer)
         person.name = name
 
     @command("/ignore NAME", "hide what somebody says, or show it again")
@@ -1112,10 +1114,10 @@ class Chat:
     def _op(self, person: Person, password: str) -> None:
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
             person.operator = True
-            logger.info("%s is an operator (%s)", person.name, person.origin)
+            logger.info("%s is an operator (%s)", person.name, person.peer)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
-        logger.info("%s gave a wrong password (%s)", person.name, person.origin)
+        logger.info("%s gave a wrong password (%s)", person.name, person.peer)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
@@ -1128,7 +1130,7 @@ class Chat:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise CommandError(f"{name} has left already.")
-        logger.info("%s kicked %s (%s)", person.name, other.name, person.origin)
+        logger.info("%s kicked %s (%s)", person.name, other.name, person.peer)
         self.disconnect(other, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
@@ -1196,13 +1198,13 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 class Connection(Person):
     """A person and their socket."""
 
-    def __init__(self, sock: socket.socket, origin: str, log: Log, now: float) -> None:
-        super().__init__(origin, log, now)
+    def __init__(self, sock: socket.socket, peer: str, log: Log, now: float) -> None:
+        super().__init__(peer, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
         self.unscanned = 0  # bytes read since the last scan for Ctrl-C
         self.eof = False  # the end of the stream was read
-        self.events = 0  # what the selector is asked for
+        self.mask = 0  # of the events that the selector is asked for
         self.silent = 0  # ticks since they sent anything, while nothing was pending
 
 
@@ -1265,18 +1267,18 @@ class Reactor:
     # The event loop
     def run_once(self) -> None:
         """One iteration; waits for something to do."""
-        found = self.selector.select(self._timeout())
+        ready = self.selector.select(self._timeout())
         self._advance_clock()
-        for key, events in found:
+        for key, mask in ready:
             if isinstance(key.data, Connection):
-                self._on_io(key.data, events)
+                self._on_io(key.data, mask)
             else:
                 key.data()  # a function: `_accept`, or on_wakeup
         self._process_ready()
         for log in self.chat.logs.values():
             self._broadcast(log)
         self.chat.new_bytes = 0
-        changed, self.chat.changed = self.chat.changed, {}
+        changed, self.chat.to_reconcile = self.chat.to_reconcile, {}
         for conn in changed:
             self._guard(self._reconcile, conn)
         if self.now >= self.tick_at:
@@ -1289,7 +1291,7 @@ class Reactor:
 
     def _timeout(self) -> float:
         """Seconds to wait for sockets: until tokens are there, or something is due."""
-        if self.chat.changed:
+        if self.chat.to_reconcile:
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
         if until > self.now:
@@ -1304,12 +1306,12 @@ class Reactor:
         change = (self.now - before) * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
 
-    def _on_io(self, conn: Connection, events: int) -> None:
+    def _on_io(self, conn: Connection, mask: int) -> None:
         """Read, or try to send again."""
-        self.chat.changed[conn] = None
-        if events & WRITE:
+        self.chat.to_reconcile[conn] = None
+        if mask & WRITE:
             self.blocked.pop(conn, None)
-        if events & READ:
+        if mask & READ:
             self._guard(self._read, conn)
 
     def _process_ready(self) -> None:
@@ -1324,7 +1326,7 @@ class Reactor:
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
-        offered, end, changed = log.offered, log.end, self.chat.changed
+        offered, end, changed = log.offered, log.end, self.chat.to_reconcile
         size = end - offered
         if not size:
             return
@@ -1391,23 +1393,23 @@ class Reactor:
         """Accept callers, unless the server was stopped in this iteration."""
         for _ in range(ACCEPT_BATCH if self.listeners else 0):
             try:
-                sock, address = listener.accept()
+                sock, name = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:  # no descriptors, for example; the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
-            if not address:  # on macOS: the caller is gone again
+            if not name:  # on macOS: the caller is gone again
                 continue
-            host, port = address[:2]
-            origin = f"{re.sub('^::ffff:', '', host)} port {port}"  # IPv4 without its IPv6 prefix
+            address, port = name[:2]
+            peer = f"{re.sub('^::ffff:', '', address)} port {port}"  # IPv4 without its IPv6 prefix
             log = self.chat.logs[self.listeners[listener]]
-            conn = Connection(sock, origin, log, self.now)
+            conn = Connection(sock, peer, log, self.now)
             self.connections[conn] = None
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            self.limiter.add(conn, host)
+            self.limiter.add(conn, address)
             self._guard(self._admit, conn)
 
     def _admit(self, conn: Connection) -> None:
@@ -1425,7 +1427,7 @@ class Reactor:
     def _evict(self, conn: Connection) -> None:
         """Close departing connections, while too many are like this one."""
         while other := self.limiter.to_evict(conn):
-            if other.is_done:
+            if other.all_sent:
                 self._close(other)
             else:
                 self._drop(other, "too many connections")
@@ -1441,7 +1443,7 @@ class Reactor:
         except OSError as error:
             why = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", conn.origin)
+            logger.exception("an internal error, with %s", conn.peer)
             why = "an internal error"
         self._drop(conn, why)  # not in `except`: the traceback would keep a view of the log
 
@@ -1474,7 +1476,7 @@ class Reactor:
         """
         protocol, fed = conn.protocol, False
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        self.chat.changed[conn] = None
+        self.chat.to_reconcile[conn] = None
         if self._ready_at(conn) <= self.now:
             self.with_input[conn] = self.with_input.pop(conn, None)  # equal ones take turns
         while conn.state is not CLOSING:
@@ -1513,7 +1515,7 @@ class Reactor:
         if conn.state is CLOSING:
             conn.read_buffer = b""  # read on, but drop it
             self.with_input.pop(conn, None)
-        if conn.is_done:
+        if conn.all_sent:
             if conn.eof:
                 self._close(conn)
                 return
@@ -1542,13 +1544,13 @@ class Reactor:
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_RDWR)
 
-    def _watch(self, conn: Connection, events: int) -> None:
-        if events != conn.events:
-            if conn.events:
+    def _watch(self, conn: Connection, mask: int) -> None:
+        if mask != conn.mask:
+            if conn.mask:
                 self.selector.unregister(conn.sock)
-            conn.events = events
-            if events:
-                self.selector.register(conn.sock, events, conn)
+            conn.mask = mask
+            if mask:
+                self.selector.register(conn.sock, mask, conn)
 
     def _drop(self, conn: Connection, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
@@ -1691,13 +1693,14 @@ class NonBlockingHandler(logging.Handler):
     Lines that were not written as a whole are counted.
     """
 
-    lost = 0  # lines
+    lost_lines = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         # The line before may be cut.
-        lost = f"\n... {self.lost} lines of the log were lost\n" if self.lost else ""
+        count = self.lost_lines
+        lost = f"\n... {count} lines of the log were lost\n" if count else ""
         written = write_at_once(sys.stderr, f"{lost}{self.format(record)}\n")
-        self.lost = 0 if written else self.lost + 1
+        self.lost_lines = 0 if written else count + 1
 
 
 def start_logging(level: int) -> None:
@@ -1734,7 +1737,7 @@ def stop_on_signals(reactor: Reactor) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the server; returns the exit status."""
+    """Handler the server; returns the exit status."""
     options = parse_options(arguments)
     options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
@@ -1859,7 +1862,7 @@ class Web(Protocol):
             method, path, fields = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
-                self.caller = str(ipaddress.ip_address(nearest.partition("%")[0]))  # no zone
+                self.forwarded_for = str(ipaddress.ip_address(nearest.partition("%")[0]))  # no zone
         except ValueError:
             return self._respond(400)
         if method not in ("GET", "HEAD"):
@@ -1888,13 +1891,13 @@ class Web(Protocol):
         self.opened, self._data = True, rest
         return CONNECTED
 
-    def _respond(self, code: int, body: str = "", kind: str = "plain") -> Signal:
+    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Signal:
         """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
         lines = [
             f"HTTP/1.1 {code} {status.phrase}",
-            f"Content-Type: text/{kind}; charset=utf-8",
+            f"Content-Type: text/{subtype}; charset=utf-8",
             f"Content-Length: {len(data)}",
             "Connection: close, Upgrade",
             "Upgrade: websocket",  # which 426 needs, as 405 needs Allow
@@ -1985,7 +1988,12 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 """  # noqa: E501
 
 # The script begins with: const { templates, ... } = {"templates": ...};
-SHARED = {"templates": TEXT, "PROTOCOL": PROTOCOL_VERSION, "OP": OP, "LOST_SECONDS": LOST_SECONDS}
+SHARED = {
+    "templates": TEMPLATES,
+    "PROTOCOL": PROTOCOL_VERSION,
+    "OP": OP,
+    "LOST_SECONDS": LOST_SECONDS,
+}
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
 const TALK = ["said", "did", "whisper"];
@@ -2015,7 +2023,7 @@ let name, mentionPattern;  // ours; what finds it in a text
 let draft = "";  // what was typed before we lost our name
 function connect() {
   socket = new WebSocket("chat");
-  state = "calling";
+  setState("calling");
   setStatus("");
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
   socket.onclose = disconnected;
@@ -2024,19 +2032,22 @@ function disconnected({ code }) {
   setPeople([]);
   if (code !== 1000) {  // 1000: /quit, or the server closed it for good
     if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
-    state = "calling";
+    setState("calling");
     setStatus(`Disconnected. Reconnecting in ${pause} s \u2026`);
     setTimeout(connect, pause * 1000);
     pause = Math.min(pause * 2, 30);
   } else {
     setStatus((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
-    enter("left");
+    setState("left");
     awaySince = 0;
     loseName();
-    giveUp();
+    markUnconfirmed();
   }
 }
-function enter(next) { state = next; pause = 1; closing = ""; }
+function setState(next) {
+  state = next;
+  if (state !== "calling") { pause = 1; closing = ""; }
+}
 function receive(event) { (handlers[event.type] || show)(event); }
 const handlers = {
   greeting(event) {
@@ -2052,7 +2063,7 @@ const handlers = {
   },
   prompt(event) {
     if (state === "calling" && name) return socket.send(name);
-    enter("naming");
+    setState("naming");
     show(event);
   },
   error(event) {
@@ -2064,7 +2075,7 @@ const handlers = {
     show(event);
   },
   welcome(event) {
-    enter("arriving");
+    setState("arriving");
     setName(event.name);
     if (!awaySince) show(event);
     input.value = draft + input.value;
@@ -2083,8 +2094,8 @@ const handlers = {
     setPeople(event.people);
     if (state === "chatting") return show({ ...event, count: event.people.length, names: event.people });
     catchUp(null);
-    giveUp();
-    state = "chatting";
+    markUnconfirmed();
+    setState("chatting");
   },
   closing(event) {
     if (event.code !== closing) show(event);  // not at every try
@@ -2127,7 +2138,7 @@ function confirmPending(event) {  // by a line with its text; the oldest, if the
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
 }
-function giveUp() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
+function markUnconfirmed() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
 
 // The people
 let people = new Map();  // name -> whether an operator

@@ -204,7 +204,7 @@ class Guest(batchat.Person):
         with self.outbox.unsent() as unsent:
             shown = bytes(unsent)
         self.outbox.advance(len(shown))
-        if self.outbox.log.protocol is Web:
+        if self.outbox.log.protocol_class is Web:
             return "".join(f"{text.decode()}\n" for kind, text in frames_of(shown) if kind == 0x81)
         return shown.decode().replace("\r\n", "\n")
 
@@ -971,7 +971,7 @@ class WatchedChat(Chat):
         super().publish(kind, person, **fields)
         subject, most = person.sock.peer, 2 * batchat.LAG_LIMIT + 4 * (batchat.LINE_LIMIT + 100)
         assert all(len(log.data) < most for log in before)
-        data = {log.protocol: bytes(log.data[at - log.start :]) for log, at in before.items()}
+        data = {log.protocol_class: bytes(log.data[at - log.start :]) for log, at in before.items()}
         for peer in self.world.inside:
             own = peer is subject and peer.protocol is Telnet
             if kind not in ("said", "did") or not (own or subject in peer.ignored):
@@ -2308,7 +2308,7 @@ def test_proxy_tells_the_address_of_a_browser(worlds):
     assert b'"code":"crowded"' in callers[2].got
     counted = {name: each.connections for name, each in world.reactor.limiter.quotas.items()}
     assert counted == {"localhost": 2, told: 3, "2001:db8::/64": 1}
-    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", callers[0].connection.origin)
+    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", callers[0].connection.peer)
 
 
 def test_proxy_caller_who_is_banned_is_told(worlds):
@@ -2976,7 +2976,7 @@ def test_nothing_is_kept_of_people_who_left(room):
     mike.types("/ignore troll", "hello")
     troll.types("/ignore mike", "/msg mike psst")
     mike.types("/quit")
-    room.chat.changed.clear()  # as the reactor does in each iteration
+    room.chat.to_reconcile.clear()  # as the reactor does in each iteration
     room.limiter.remove(mike)
     room.guests.remove(mike)
     left = weakref.ref(mike)
