@@ -2290,8 +2290,9 @@ input.onkeydown = event => {
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
 function complete() {  // the first name that fits, before the cursor; false if none
-  const before = input.value.slice(0, input.selectionStart), start = before.split(/[ @]/).at(-1);
-  const wanted = start || /^\/msg $|@$/.test(before), from = before.length - start.length;
+  const before = input.value.slice(0, input.selectionStart);
+  const from = Math.max(before.lastIndexOf(" "), before.lastIndexOf("@")) + 1, start = before.slice(from);
+  const wanted = start || /^\/msg $|@$/.test(before);
   const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
   const found = wanted && sortedNames().find(fits);
   if (found) input.setRangeText(found + (from ? " " : ": "), from, before.length, "end");
