@@ -346,6 +346,7 @@ class Protocol:
     PING_DATA = b""  # a ping, where the protocol has one
 
     opened = True  # whether events can be sent
+    interrupted = False  # Ctrl-C was read; what was read before it may still have to be fed
     replies = b""  # what the protocol itself answers
     behind_proxy = False  # trust the peer's X-Forwarded-For
     forwarded_for = ""  # the address in it
@@ -360,13 +361,11 @@ class Protocol:
     def next(self) -> Message | None:
         """The next line or signal, DISCONNECT last; None if more must be read first."""
 
-    def take_interrupt(self, unfed: bytes, unscanned: int) -> bool:
-        """Look for Ctrl-C in the last `unscanned` bytes of `unfed`, which have to wait.
+    def peek(self, data: bytes) -> None:
+        """Look for Ctrl-C in what was just read: it counts before its turn to be fed."""
 
-        Returns whether there was one, now or before.  Then waiting lines are dropped, and `next`
-        returns DISCONNECT.
-        """
-        return False
+    def interrupt(self) -> None:
+        """Drop everything that waits before the Ctrl-C: `next` returns DISCONNECT now."""
 
     def close(self, reason: str) -> bytes:
         """The last bytes, after a `closing` event if there is one for this reason."""
@@ -482,7 +481,7 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         self._asked = False  # for BINARY
         self._rest = b""  # incomplete, from `split_commands`
-        self._scan_rest = b""  # the same for the scan for Ctrl-C, which is ahead of `feed`
+        self._peek_rest = b""  # the same for `peek`, which is ahead of `feed`
         self._last = b""  # the last byte of text: an LF after a CR belongs to that
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -513,17 +512,15 @@ class Telnet(Protocol):
         if self._asked and text.count(b"\n") > text.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
-    def take_interrupt(self, unfed: bytes, unscanned: int) -> bool:
-        if CTRL_C not in self._text:
-            scanned = max(0, len(unfed) - unscanned)  # 0 if unscanned bytes were fed already
-            if not scanned:  # start where `feed` stopped
-                self._scan_rest = self._rest
-            text, self._scan_rest, replies = split_commands(self._scan_rest + unfed[scanned:])
-            if CTRL_C not in text:
-                return False
-            self.replies += replies  # without TIMING-MARK's, telnet shows nothing more (RFC 860)
+    def peek(self, data: bytes) -> None:
+        text, self._peek_rest, replies = split_commands(self._peek_rest + data)
+        if CTRL_C in text and not self.interrupted:
+            self.interrupted = True
+            # Without an answer to its TIMING-MARK, telnet shows nothing more (RFC 860).
+            self.replies += replies
+
+    def interrupt(self) -> None:
         self._text, self._taken = CTRL_C, 0
-        return True
 
     def next(self) -> Message | None:
         start, end = self._taken, self._text.find(b"\n", self._taken)
@@ -1202,7 +1199,6 @@ class Connection(Person):
         super().__init__(peer, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = 0  # bytes read since the last scan for Ctrl-C
         self.eof = False  # the end of the stream was read
         self.mask = 0  # of the events that the selector is asked for
         self.silent = 0  # ticks since they sent anything, while nothing was pending
@@ -1320,8 +1316,7 @@ class Reactor:
         for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
             if self.clock() > until:
                 return
-            # Ctrl-C counts even in input that has to wait.
-            if self._ready_at(conn) <= self.now or conn.unscanned:
+            if self._ready_at(conn) <= self.now or conn.protocol.interrupted:
                 self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
@@ -1465,43 +1460,42 @@ class Reactor:
             data = b""
         conn.silent = 0
         conn.read_buffer += data
-        conn.unscanned += len(data)
+        conn.protocol.peek(data)
         conn.eof = not data
         self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
-        """Handle messages until tokens or input run out, and feed the protocol at most once.
-
-        `return` keeps the person in `with_input`; `break` means that nothing is left.
-        """
-        protocol, fed = conn.protocol, False
-        size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
+        """Handle messages; then feed the protocol once, and handle what comes of it."""
         self.chat.to_reconcile[conn] = None
-        if self._ready_at(conn) <= self.now:
-            self.with_input[conn] = self.with_input.pop(conn, None)  # equal ones take turns
+        self.with_input[conn] = self.with_input.pop(conn)  # to the end: equal ones take turns
+        size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
+        may_go_on = self._handle_messages(conn)
+        if may_go_on and (conn.read_buffer or conn.eof):
+            data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
+            self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
+            conn.protocol.feed(data)  # b"" is the end of the stream
+            may_go_on = self._handle_messages(conn)
+        if may_go_on and not conn.read_buffer and not conn.eof:
+            del self.with_input[conn]
+
+    def _handle_messages(self, conn: Connection) -> bool:
+        """Handle messages until there are none; False if the person has to wait, or has left."""
+        protocol = conn.protocol
         while conn.state is not CLOSING:
-            if self._ready_at(conn) > self.now:  # only Ctrl-C gets through
-                unscanned, conn.unscanned = conn.unscanned, 0
-                if not protocol.take_interrupt(conn.read_buffer, unscanned):
-                    return
+            if self._ready_at(conn) > self.now:
+                if not protocol.interrupted:
+                    return False
+                protocol.interrupt()
             message = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(conn, protocol.replies)
                 protocol.replies = b""
-            if message is not None:
-                self.chat.handle(conn, message)
-                if message is CONNECTED:
-                    self._evict(conn)  # a proxy may have given another address
-            elif not conn.read_buffer and not conn.eof:
-                break
-            elif fed:
-                return
-            else:
-                fed, data = True, conn.read_buffer[:size]
-                conn.read_buffer = conn.read_buffer[size:]
-                self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
-                protocol.feed(data)  # b"" is the end of the stream
-        self.with_input.pop(conn, None)
+            if message is None:
+                return True
+            self.chat.handle(conn, message)
+            if message is CONNECTED:
+                self._evict(conn)  # a proxy may have given another address
+        return False
 
     def _reconcile(self, conn: Connection) -> None:
         """Do all that follows from a connection's state; may be called at any time."""

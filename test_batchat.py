@@ -2891,28 +2891,17 @@ def test_ctrl_c_drops_what_waits_and_leaves(paced, reads, lines, seconds):
 @given(st.text(ALPHABETS), PLACES)
 def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
     text += "\u30c3\U0001f3c3"
-    protocol, ahead = Telnet(), b""
-    for read in cut(typed_in_telnet(f"{text}\n"), places):
-        ahead += read
-        assert not protocol.take_interrupt(ahead, len(read))
-        half = len(ahead) // 2
-        if half:
-            protocol.feed(ahead[:half])
-        ahead = ahead[half:]
-    protocol.feed(ahead)
-    assert protocol.next() == clean(text)
-    protocol.feed(b"\xff\xf4")
-    assert protocol.take_interrupt(b"", 0)
-
-
-def test_scan_for_ctrl_c_goes_on_where_feed_stopped():
     protocol = Telnet()
-    protocol.feed(b"\xe3\x83")
-    assert not protocol.take_interrupt(b"\xff\xf4", 2)  # the rest of a letter
-    assert protocol.take_interrupt(b"\xff\xf4\xff\xf4", 2)
+    for read in cut(typed_in_telnet(f"{text}\n"), places):
+        protocol.peek(read)
+        protocol.feed(read)
+    assert protocol.next() == clean(text)
+    assert not protocol.interrupted
+    protocol.peek(b"\xff\xf4")
+    assert protocol.interrupted
 
 
-def test_each_byte_is_scanned_once_for_ctrl_c(paced, monkeypatch):
+def test_each_byte_is_peeked_at_once(paced, monkeypatch):
     mike, sizes, split = paced.joins("mike"), [], batchat.split_commands
     mike.types(*["hi"] * 60)
     paced.wait(0.1)
