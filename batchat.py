@@ -367,8 +367,8 @@ class Protocol:
     def interrupt(self) -> None:
         """Drop everything that waits before the Ctrl-C: `next` returns DISCONNECT now."""
 
-    def close(self, reason: str) -> bytes:
-        """The last bytes, after a `closing` event if there is one for this reason."""
+    def close(self, code: str) -> bytes:
+        """The last bytes, after a `closing` event if there is one, which has this code."""
         return b""
 
 
@@ -537,21 +537,79 @@ class Telnet(Protocol):
 # ---
 # 5. Person, Limiter
 
-# State          What happens                          Next state (only Chat changes it)
-# AWAITING_NAME  a valid name that is free             CHATTING; the others are told
-#                an invalid or taken one               error and prompt, or after NAME_TRIES CLOSING
-#                banned, full, crowded, HTTP, a line   CLOSING
-#                too long, no name in time
-# CHATTING       kicked, too far behind                CLOSING; the others are told
-# either         /quit, Ctrl-C, Ctrl-D, EOF, an error  CLOSING; if CHATTING, the others are told
-#                shutdown                              CLOSING
-#                a reset, no answer to pings           unchanged, but `lost`; CLOSING when what they
-#                                                      sent is processed, or time is up
-# CLOSING        all is sent and the peer has closed,  forgotten
-#                time is up, or too many depart
+LOCALHOST = "localhost"
+
+
+class Host(NamedTuple):
+    """Where somebody connects from.  A ban of `key` holds for them if `key in host`.
+
+    For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
+    """
+
+    address: str
+    network: str  # the address's IPv6 /64; the address itself, if it has none
+
+
+@functools.lru_cache
+def parse_host(text: str) -> Host:
+    """The host with this address; for an IPv6 /64, both are the /64.  May raise ValueError."""
+    address_text, _, bits = text.partition("/")
+    address = ipaddress.ip_address(address_text.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    name = network = LOCALHOST if address.is_loopback else str(address)
+    if address.version == 6 and not address.is_loopback:
+        network = str(ipaddress.ip_network((address, 64), strict=False))
+    if bits and (bits != "64" or network == name):
+        raise ValueError(text)
+    return Host(network if bits else name, network)
+
+
+class TokenBucket:
+    """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self.ready_at: float = -BURST_SECONDS  # when it is no longer overspent
+
+    def spend(self, tokens: float, now: float) -> None:
+        self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
+
+
+class Quota:
+    """Connections that are counted together, and the tokens that they share."""
+
+    def __init__(self, limit: int, spare: int, rate: int = 0) -> None:
+        self.limit = limit  # 0 is no limit
+        self.spare = spare  # places for departing people, where no others are free
+        self.bucket = TokenBucket(rate)
+        self.connections = 0
+        self.departing: dict[Person, None] = {}  # they are not counted
+        self.wrong_passwords = 0
+
+    @property
+    def free(self) -> int:
+        """Free places; below 0 if too many are taken, and never above 0 without a limit."""
+        return self.limit - self.connections + len(self.departing)
+
+
+# State          What happens                           Next state
+# AWAITING_NAME  a valid name that is free              CHATTING; the others are told
+#                an invalid or taken one                the same; after NAME_TRIES CLOSING
+#                rejected, HTTP, a line too long,       CLOSING
+#                no name in time
+# CHATTING       kicked                                 CLOSING; the others are told
+# either         /quit, Ctrl-C, Ctrl-D, EOF             CLOSING; if CHATTING, the others are told
+#                too far behind, an error, lost for     the same, and the connection is dropped
+#                too long, or too many are departing
+#                shutdown                               CLOSING
+# CLOSING        all is sent, and the peer has closed   forgotten
+#                time is up, or too many are departing  the connection is dropped
 #
-# A browser without an open WebSocket is AWAITING_NAME; its `protocol.opened` is False.
-# The rejected, the lost and the CLOSING are departing: they take no place (see Quota).
+# Only Chat._join and Chat.disconnect change the state.  Besides, a person may be
+#   not opened  (Protocol.opened) a browser that has not opened a WebSocket yet
+#   rejected    (Limiter.add, Chat._reject) they may not join: they are told why, and disconnected
+#   lost        (Reactor._lose) nothing can be sent any more; what they sent is still processed
+# and their connection at `eof` (Reactor._read): nothing more can be read.
 class State(Enum):
     AWAITING_NAME, CHATTING, CLOSING = range(3)
 
@@ -593,64 +651,14 @@ class Person:
         return self.timer_start + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
 
     @property
-    def all_sent(self) -> bool:
-        """Whether nothing more will be sent: the connection can be closed."""
-        return self.state is CLOSING and not self.outbox.has_pending
-
-
-class TokenBucket:
-    """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent."""
-
-    def __init__(self, rate: int) -> None:
-        self.rate = rate
-        self.ready_at: float = -BURST_SECONDS  # when it is no longer overspent
-
-    def spend(self, tokens: float, now: float) -> None:
-        self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
-
-
-class Quota:
-    """Connections that are counted together, and the tokens that they share."""
-
-    def __init__(self, limit: int, spare: int, rate: int = 0) -> None:
-        self.limit = limit  # 0 is no limit
-        self.spare = spare  # places for departing people, where no others are free
-        self.bucket = TokenBucket(rate)
-        self.connections = 0
-        self.departing: dict[Person, None] = {}  # rejected, closing or lost: not counted
-        self.wrong_passwords = 0
+    def is_departing(self) -> bool:
+        """Whether they take no place any more (see Quota)."""
+        return self.state is CLOSING or bool(self.rejected or self.lost)
 
     @property
-    def free(self) -> int:
-        """Free places; below 0 if too many are taken, and never above 0 without a limit."""
-        return self.limit - self.connections + len(self.departing)
-
-
-LOCALHOST = "localhost"
-
-
-class Host(NamedTuple):
-    """Where somebody connects from.  A ban of `key` holds for them if `key in host`.
-
-    For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
-    """
-
-    address: str
-    network: str  # the address's IPv6 /64; the address itself, if it has none
-
-
-@functools.lru_cache
-def parse_host(text: str) -> Host:
-    """The host with this address; for an IPv6 /64, both are the /64.  May raise ValueError."""
-    address_text, _, bits = text.partition("/")
-    address = ipaddress.ip_address(address_text.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    name = network = LOCALHOST if address.is_loopback else str(address)
-    if address.version == 6 and not address.is_loopback:
-        network = str(ipaddress.ip_network((address, 64), strict=False))
-    if bits and (bits != "64" or network == name):
-        raise ValueError(text)
-    return Host(network if bits else name, network)
+    def all_sent(self) -> bool:
+        """Whether they are CLOSING, and nothing is pending."""
+        return self.state is CLOSING and not self.outbox.has_pending
 
 
 class Limiter:
@@ -660,7 +668,7 @@ class Limiter:
         self.now = now  # when this iteration of the event loop began
         self.settings = settings
         self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
-        self.quotas: dict[str, Quota] = {}  # by key; forgotten when idle, with a full bucket
+        self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
@@ -673,7 +681,7 @@ class Limiter:
             quota.connections += 1
             if quota.limit and quota.free < 0:
                 person.rejected = code
-        if person.rejected or person.lost:
+        if person.is_departing:
             self.mark_departing(person)
         if self.settings.rate:
             self._move_back(person, JOIN_TOKENS)  # else reconnecting would put them first
@@ -709,8 +717,11 @@ class Limiter:
         """The one to close if too many are departing, in all or from this address; or None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > max(quota.spare, quota.free):
-                # One that is done, or else the one that has used most.
-                return max(quota.departing, key=lambda each: (each.all_sent, each.virtual_time))
+                # What the lost sent is still to be said: they go last, who has used most first.
+                return max(
+                    quota.departing,
+                    key=lambda each: (each.all_sent, each.state is CLOSING, each.virtual_time),
+                )
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
@@ -726,7 +737,7 @@ class Limiter:
         person.virtual_time = max(person.virtual_time, self.now) + tokens / share
 
     def tick(self) -> None:
-        """Forget the addresses that are idle, and the bans that are over."""
+        """Forget the quotas that hold nothing to remember, and the bans that are over."""
         for key, quota in list(self.quotas.items()):
             is_full = quota.bucket.ready_at + BURST_SECONDS <= self.now
             if is_full and not quota.connections and not quota.wrong_passwords:
@@ -934,11 +945,11 @@ class Chat:
             self.send_raw(person, self.history.encode(type(person.protocol)))
         logger.info("%s joined from %s (%d here)", name, person.peer, len(self.people))
 
-    def disconnect(self, person: Person, reason: str, **fields: Any) -> None:
+    def disconnect(self, person: Person, code: str = "", why: str = "", **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
 
-        `reason` goes to the log.  If it is a key of CLOSING_TEXT, it is also the code of a
-        `closing` event for the person, whose text is filled with `fields`.
+        A `code` is that of a `closing` event for the person, with the text in CLOSING_TEXT, which
+        is filled with `fields`.  Where there is none, `why` says the reason in our own log.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -947,17 +958,18 @@ class Chat:
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            self.publish("kicked" if reason == "kicked" else "quit", person, **fields)
-            here = len(self.people)
-            logger.info("%s left: %s (%s, %d here)", person.name, reason, person.peer, here)
+            self.publish("kicked" if code == "kicked" else "quit", person, **fields)
+            about = person.name, why or code, person.peer, len(self.people)
+            logger.info("%s left: %s (%s, %d here)", *about)
         else:
-            logger.debug("%s left before joining: %s", person.peer, reason)
+            logger.debug("%s left before joining: %s", person.peer, why or code)
         person.state = CLOSING
         person.timer_start = self.limiter.now
         self.limiter.mark_departing(person)
-        if reason in CLOSING_TEXT and person.protocol.opened:
-            self.send(person, "closing", code=reason, text=CLOSING_TEXT[reason].format_map(fields))
-        self.send_raw(person, person.protocol.close(reason))  # b"", too: this marks them as changed
+        if code and person.protocol.opened:
+            self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
+        self.send_raw(person, person.protocol.close(code))
+        self.to_reconcile[person] = None
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
         """Disconnect everyone; nobody reads that the others left."""
@@ -973,7 +985,7 @@ class Chat:
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
-                self.disconnect(person, person.lost or "the connection ended")
+                self.disconnect(person, why=person.lost or "the connection ended")
             elif message is CONNECTED:
                 self.greet(person)
             elif person.state is CHATTING:
@@ -982,9 +994,9 @@ class Chat:
                     raise CommandError(text, "too_long")
                 self._take_line(person, message)
             elif message is TOO_LONG or HTTP_REQUEST.match(message):  # a web request, long or not
-                self.disconnect(person, "sent no name")
+                self.disconnect(person, why="sent no name")
             elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
-                self.disconnect(person, "quit")
+                self.disconnect(person, why="quit")
             else:
                 self._join(person, message)
         except CommandError as error:
@@ -1101,7 +1113,7 @@ class Chat:
 
     @command("/quit", "leave the chat", "/exit", "/bye", "/q")
     def _quit(self, person: Person) -> None:
-        self.disconnect(person, "quit")
+        self.disconnect(person, why="quit")
 
     @command("// TEXT", "say a line that starts with a slash")
     def _say_slash(self, person: Person, text: str) -> None:
@@ -1546,10 +1558,10 @@ class Reactor:
             if mask:
                 self.selector.register(conn.sock, mask, conn)
 
-    def _drop(self, conn: Connection, reason: str) -> None:
+    def _drop(self, conn: Connection, why: str) -> None:
         """End a connection at once; what is pending is lost."""
         if conn.state is not CLOSING:
-            self.chat.disconnect(conn, reason)
+            self.chat.disconnect(conn, why=why)
         # A plain close would keep a full send buffer in the kernel for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
             conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -1840,9 +1852,9 @@ class Web(Protocol):
                 return DISCONNECT if self._ended else None
         return clean(decode_line(self._lines.popleft()))
 
-    def close(self, reason: str) -> bytes:
+    def close(self, code: str) -> bytes:
         if self.opened:
-            self._end(CLOSE_CODES.get(reason, 1000))
+            self._end(CLOSE_CODES.get(code, 1000))
         return self.replies
 
     def _parse_head(self) -> Message | None:

@@ -980,12 +980,12 @@ class WatchedChat(Chat):
         if kind == "joined":
             subject.stage = "chatting"
 
-    def disconnect(self, person, reason: str, **fields: str):
-        peer = person.sock.peer
+    def disconnect(self, person, code="", why="", **fields: str):
+        peer, reason = person.sock.peer, why or code
         assert peer.may_be_dropped.get(reason, self.speaker or person.rejected), reason
         self.world.reached[reason] += 1
         peer.why, peer.stage = reason, "closing"
-        super().disconnect(person, reason, **fields)
+        super().disconnect(person, code, why, **fields)
 
 
 class World:
@@ -1130,6 +1130,7 @@ class World:
 
     def check_connection(self, peer: Peer, connection: batchat.Connection):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
+        assert connection.is_departing == peer.departs
         late = self.now - self.late_by - connection.deadline
         assert late <= batchat.TICK_SECONDS + 0.1, "out of time"
         outbox = connection.outbox
@@ -2499,6 +2500,19 @@ def test_lost_people_are_heard_while_places_are_free(worlds):
     world.joins("mike", host="198.51.100.2")
     world.wait(10.0)
     assert ann.read().count("hi") == 40 * 60
+
+
+def test_lost_people_outlast_those_rejected(worlds):
+    world = worlds(rate=10, max_connections=2)
+    (ann,), (mike,) = rested(world, "ann"), rested(world, "mike", host="203.0.113.5")
+    mike.types(*["hi"] * 60)
+    world.wait(0.01)
+    mike.break_down(errno.ECONNRESET)
+    for _ in range(40):
+        world.calls().accepts(0)
+        world.wait(0.001)
+    world.wait(10.0)
+    assert ann.read().count("<mike> hi") == 60
 
 
 def test_reconnecting_refills_no_bucket(paced):
