@@ -4451,7 +4451,7 @@ def test_page_names_have_different_colours(page):
 @cases("count, length", (4000, 5), (1600, 4000))
 def test_page_keeps_the_last_lines(page, count, length):
     """The log is bounded, and so is what waits to be painted."""
-    bounded = f"return [{LAST}.className, queue.length]"
+    bounded = f"return [{LAST}?.className, queue.length]"
     last, waiting = page.does(MANY % (count, json.dumps(said()), length) + bounded)
     assert last != "said" and waiting <= 1500
     page.gives(f"queue.length === 0 && {LAST}.textContent.includes('<ann> {count - 1} ')")
