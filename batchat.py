@@ -833,21 +833,26 @@ Handler = Callable[..., None]  # a method of Chat; takes who typed it, and the a
 class Command(NamedTuple):
     run: Handler
     usage: str  # its name and arguments, optional ones in brackets
-    text: str  # what it does
+    text: str  # what it does, for /help; "" if it is not listed
     operators: bool  # whether it is for them alone
+    says: bool  # whether it has the room say a line: the page shows that as pending
 
 
 COMMANDS: dict[str, Command] = {}  # by name and alias
 
 
 def command(
-    usage: str, text: str, *aliases: str, operators: bool = False
+    usage: str, text: str, *aliases: str, operators: bool = False, says: bool = False
 ) -> Callable[[Handler], Handler]:
-    """Make a method of Chat a command; its last argument takes the rest of the line."""
+    """Make a method of Chat a command.
+
+    `usage` is shown, and it is how a line is split: for "/msg NAME TEXT" the method gets a word
+    and the rest of the line.
+    """
 
     def register(run: Handler) -> Handler:
         names = (usage.split()[0], *aliases)
-        COMMANDS.update(dict.fromkeys(names, Command(run, usage, text, operators)))
+        COMMANDS.update(dict.fromkeys(names, Command(run, usage, text, operators, says)))
         return run
 
     return register
@@ -1050,10 +1055,9 @@ class Chat:
         if name[:2] == "//":  # //x says /x, but //op is /op: see PASSWORD_LINE
             name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name.lower())
-        may_try = found is COMMANDS["/op"] and self.settings.password  # anyone may
-        if not found or (found.operators and not person.operator and not may_try):
+        if not found or (found.operators and not person.operator):
             raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
-        _, *parameters = found.usage.split()  # the last takes the rest; those in [] are optional
+        _, *parameters = found.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
             raise CommandError(f"Usage: {found.usage}", "usage")
@@ -1061,8 +1065,9 @@ class Chat:
 
     @command("/help", "show this list")
     def _help(self, person: Person) -> None:
-        shown = [each for each in COMMANDS.values() if person.operator or not each.operators]
-        rows = [[each.usage, each.text] for each in dict.fromkeys(shown)]  # aliases left out
+        commands = dict.fromkeys(COMMANDS.values())  # aliases left out
+        may_run = [each for each in commands if person.operator or not each.operators]
+        rows = [[each.usage, each.text] for each in may_run if each.text]
         self.send(person, "help", commands=rows)
 
     @command("/who", "show who is here", "/names", "/list")
@@ -1075,7 +1080,7 @@ class Chat:
         self.limiter.charge(person, len(data) / WHO_BYTES_PER_TOKEN)
         self.send_raw(person, data)
 
-    @command("/me ACTION", "say what you do: /me waves")
+    @command("/me ACTION", "say what you do: /me waves", says=True)
     def _me(self, person: Person, text: str) -> None:
         self.publish("did", person, text=text)
 
@@ -1115,12 +1120,14 @@ class Chat:
     def _quit(self, person: Person) -> None:
         self.disconnect(person, why="quit")
 
-    @command("// TEXT", "say a line that starts with a slash")
+    @command("// TEXT", "say a line that starts with a slash", says=True)
     def _say_slash(self, person: Person, text: str) -> None:
         self.publish("said", person, text=text)
 
-    @command("/op PASSWORD", "become an operator", operators=True)
+    @command("/op PASSWORD", "")
     def _op(self, person: Person, password: str) -> None:
+        if not self.settings.password:
+            raise CommandError("This server has no operators.")
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
             person.operator = True
             logger.info("%s is an operator (%s)", person.name, person.peer)
@@ -1999,10 +2006,11 @@ SHARED = {
     "PROTOCOL": PROTOCOL_VERSION,
     "OP": OP,
     "LOST_SECONDS": LOST_SECONDS,
+    "SAYING": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
-const TALK = ["said", "did", "whisper"];
+const SAID = ["said", "did"], TALK = [...SAID, "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2139,7 +2147,7 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
-const COMMAND = /^\s*\/(?!\/|me\s+\S)/i;  // one after which the server says no line
+const COMMAND = new RegExp(`^\\s*/(?!/|(${SAYING})\\s+\\S)`, "i");  // one that says no line
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
@@ -2169,12 +2177,12 @@ let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for
 const isOwn = event => (event.name || event.from) === name;
 const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isMention(event) {
-  return name && ["said", "did"].includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
+  return name && SAID.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
 }
 function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
-  if (["said", "did"].includes(event.type) && isOwn(event)) confirmPending(event);
+  if (SAID.includes(event.type) && isOwn(event)) confirmPending(event);
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
