@@ -102,25 +102,26 @@ def text_of(event: Event) -> str:
     """An event as telnet shows it, with newlines as line ends."""
     kind, template = event["type"], TEMPLATES[event["type"]]
     if kind == "people":
-        names = [
-            "@" * row["operator"] + row["name"] + f" ({row.get('address')})" * ("address" in row)
-            for row in event["people"]
-        ]
+        names = []
+        for row in event["people"]:
+            mark = "@" if row["operator"] else ""
+            address = f" ({row['address']})" if "address" in row else ""
+            names.append(mark + row["name"] + address)
         return template.format(count=len(names), names=", ".join(names))
     if kind == "help":
         return "".join(template.format(usage=u, text=t) for u, t in event["commands"])
     if kind == "history":
         if not event["events"]:
             return ""
-        since = template.format(since=local_time(event["events"][0]["at"]))
-        lines = [f"{local_time(each['at'])[-5:]} {text_of(each)}" for each in event["events"]]
-        return "".join([since, *lines, TEMPLATES["history_end"]])
+        since = local_time("%Y-%m-%d %H:%M", event["events"][0]["at"])
+        lines = [f"{local_time('%H:%M', line['at'])} {text_of(line)}" for line in event["events"]]
+        return "".join([template.format(since=since), *lines, TEMPLATES["history_end"]])
     return template.format_map(event)
 
 
-def local_time(at: int) -> str:
-    """Seconds since the epoch as date, hours and minutes, in the server's time zone."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+def local_time(pattern: str, at: int) -> str:
+    """Seconds since the epoch, as strftime() shows them in the server's time zone."""
+    return time.strftime(pattern, time.localtime(at))
 
 
 # ---
@@ -155,6 +156,7 @@ WHISPER_LIMIT = 64 << 10  # private bytes pending, above which whispers to a per
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending, above which their own input waits
 
 # Sockets
+TELNET_PORT = 1337
 WEB_PORT = 1338
 READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
@@ -172,10 +174,10 @@ ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
 LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
-LINE_TOKENS = 1  # for every line; those below are added to it
-JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
-RENAME_TOKENS = 24  # everyone has to learn the new name
-WRONG_PASSWORD_TOKENS = 49  # so 50 in all
+LINE_TOKENS = 1  # of every line; it is part of those below
+JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
+RENAME_TOKENS = 25  # everyone has to learn the new name
+WRONG_PASSWORD_TOKENS = 50
 
 # History and bans
 HISTORY_LINES = 1000
@@ -504,7 +506,7 @@ class Telnet(Protocol):
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
         lines = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += lines.replace(b"\r", b"\n")
-        ends_like_telnet = len(lines) < len(text)  # with CR LF or CR NUL
+        ends_like_telnet = b"\r\n" in text or b"\r\0" in text
         if not self._asked and (IAC in data or ends_like_telnet and not self._text.isascii()):
             self._asked = True
             self.replies += ASK_FOR_BINARY
@@ -777,14 +779,14 @@ class History:
     def encode(self, protocol: type[Protocol]) -> bytes:
         """The last lines, of HISTORY_SIZE together at most."""
         if protocol not in self._encoded:
-            events: list[Event] = []
+            events: deque[Event] = deque()
             size = 0
             for event, _ in reversed(self._lines):
                 size += len(event["text"].encode())
                 if size > HISTORY_SIZE:
                     break
-                events.insert(0, event)
-            self._encoded[protocol] = protocol.encode({"type": "history", "events": events})
+                events.appendleft(event)
+            self._encoded[protocol] = protocol.encode({"type": "history", "events": [*events]})
         return self._encoded[protocol]
 
 
@@ -814,13 +816,16 @@ def name_key(name: str) -> str:
     return key
 
 
+def is_name_character(character: str) -> bool:
+    category = unicodedata.category(character)  # L: letters, M: marks, Nd: decimal digits
+    return character in "_-." or category[0] in "LM" or category == "Nd"
+
+
 def check_name(text: str) -> str:
     """`text` as a name, in NFC; raises CommandError if it is none."""
     name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
-    # The category of each character; "_", "-" and "." stand for themselves.
-    kinds = [each if each in "_-." else unicodedata.category(each) for each in name]
-    good = 1 <= len(name) <= NAME_LIMIT and kinds[0][0] != "M" and not INVISIBLE.search(name)
-    good = good and all(kind[0] in "LM_-." or kind == "Nd" for kind in kinds)
+    good = 1 <= len(name) <= NAME_LIMIT and all(map(is_name_character, name))
+    good = good and unicodedata.category(name[0])[0] != "M" and not INVISIBLE.search(name)
     if not good or re.fullmatch(r"\d+(\.\d+){3}", name):
         allowed = f"1 to {NAME_LIMIT} letters, digits, '_', '-' and '.'"
         raise CommandError(f"A name has {allowed}, and is no IP address.", "bad_name")
@@ -912,8 +917,15 @@ class Chat:
             self.limiter.remove(person)
             self.limiter.add(person, address)
         if not self._reject(person):
-            fields = {"banner": BANNER, "text": self.settings.welcome, "room": self.room}
-            self.send(person, "greeting", protocol=PROTOCOL_VERSION, **fields, max_line=LINE_LIMIT)
+            self.send(
+                person,
+                "greeting",
+                protocol=PROTOCOL_VERSION,
+                banner=BANNER,
+                text=self.settings.welcome,
+                room=self.room,
+                max_line=LINE_LIMIT,
+            )
             self._ask_for_name(person)
 
     def _ask_for_name(self, person: Person) -> None:
@@ -939,7 +951,7 @@ class Chat:
         if self._reject(person):
             return
         person.name = name = self._available_name(person, text)
-        self.limiter.charge(person, JOIN_TOKENS)
+        self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
         self.publish("joined", person)  # before they read the log
         person.state = CHATTING
         self.people[name_key(name)] = person
@@ -964,8 +976,8 @@ class Chat:
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
             self.publish("kicked" if code == "kicked" else "quit", person, **fields)
-            about = person.name, why or code, person.peer, len(self.people)
-            logger.info("%s left: %s (%s, %d here)", *about)
+            text = "%s left: %s (%s, %d here)"
+            logger.info(text, person.name, why or code, person.peer, len(self.people))
         else:
             logger.debug("%s left before joining: %s", person.peer, why or code)
         person.state = CLOSING
@@ -1101,7 +1113,7 @@ class Chat:
             raise CommandError(f"You are {name} already.")
         self._release_name(person)
         self.people[name_key(name)] = person
-        self.limiter.charge(person, RENAME_TOKENS)
+        self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
         self.publish("renamed", person, to=name)
         logger.info("%s is now %s (%s)", person.name, name, person.peer)
         person.name = name
@@ -1111,9 +1123,13 @@ class Chat:
         other = self._find(name)
         if other is person:
             raise CommandError("You can't ignore yourself.")
-        self._ignorers[other] ^= {person}
-        ignored = person in self._ignorers[other]
-        text = f"You no longer hear {other.name}." if ignored else f"You hear {other.name} again."
+        ignorers = self._ignorers[other]
+        if person in ignorers:
+            ignorers.remove(person)
+            text = f"You hear {other.name} again."
+        else:
+            ignorers.add(person)
+            text = f"You no longer hear {other.name}."
         self.send(person, "notice", text=text)
 
     @command("/quit", "leave the chat", "/exit", "/bye", "/q")
@@ -1134,7 +1150,7 @@ class Chat:
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
         logger.info("%s gave a wrong password (%s)", person.name, person.peer)
-        self.limiter.charge(person, WRONG_PASSWORD_TOKENS)
+        self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
             key = self.limiter.counted_as(person.host)
@@ -1366,7 +1382,7 @@ class Reactor:
             # Try to send: the selector reports space only when a lot is free.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
-        if self.stall_budget < POLL_SECONDS:
+        if self.stall_budget < POLL_SECONDS:  # too little for another iteration
             for conn in self._lagging():
                 self._drop(conn, "too far behind")
         self.paused = bool(self._lagging())
@@ -1405,7 +1421,9 @@ class Reactor:
     # Callers
     def _accept(self, listener: socket.socket) -> None:
         """Accept callers, unless the server was stopped in this iteration."""
-        for _ in range(ACCEPT_BATCH if self.listeners else 0):
+        if not self.listeners:
+            return
+        for _ in range(ACCEPT_BATCH):
             try:
                 sock, name = listener.accept()
             except BlockingIOError:
@@ -1419,11 +1437,11 @@ class Reactor:
             address, port = name[:2]
             peer = f"{re.sub('^::ffff:', '', address)} port {port}"  # IPv4 without its IPv6 prefix
             log = self.chat.logs[self.listeners[listener]]
-            conn = Connection(sock, peer, log, self.now)
-            self.connections[conn] = None
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
+            conn = Connection(sock, peer, log, self.now)
             self.limiter.add(conn, address)
+            self.connections[conn] = None
             self._guard(self._admit, conn)
 
     def _admit(self, conn: Connection) -> None:
@@ -1535,8 +1553,10 @@ class Reactor:
             # Closing with input unread resets the connection (RFC 1122, 4.2.2.13).
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_WR)
-        reads = not conn.eof and len(conn.read_buffer) < READ_AHEAD
-        self._watch(conn, READ * reads | WRITE * (conn in self.blocked))
+        mask = WRITE if conn in self.blocked else 0
+        if not conn.eof and len(conn.read_buffer) < READ_AHEAD:
+            mask |= READ
+        self._watch(conn, mask)
 
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
@@ -1607,7 +1627,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
     for flag, most, value, text in [
-        ("--port", 65535, 1337, "port for telnet; 0 is any free one"),
+        ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
         ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
         ("--rate", 1_000_000, usual.rate, "lines a second from one person; 0 is no limit"),
         ("--max-people", 1_000_000, usual.max_people, "people in the room; 0 is no limit"),
@@ -1638,7 +1658,9 @@ def read_password(path: str) -> str:
         password, why = clean(line).strip(), "its first line is empty"
     except (OSError, UnicodeDecodeError) as error:
         password, why = "", getattr(error, "strerror", "it is not UTF-8")
-    return password or sys.exit(f"batchat: no password in {path}: {why}")
+    if not password:
+        sys.exit(f"batchat: no password in {path}: {why}")
+    return password
 
 
 def raise_descriptor_limit() -> int:
@@ -1768,8 +1790,8 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [each.getsockname()[1] for each in listeners]
-    about = __version__, os.getpid(), ports, limit, vars(options)
-    logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *about)
+    text = "BATCHAT %s, process %d, ports %s, %d connections at most; %s"
+    logger.info(text, __version__, os.getpid(), ports, limit, vars(options))
     announce(options.host, ports)
     ok = reactor.run()
     logger.info("stopped")
@@ -1862,7 +1884,8 @@ class Web(Protocol):
     def close(self, code: str) -> bytes:
         if self.opened:
             self._end(CLOSE_CODES.get(code, 1000))
-        return self.replies
+        replies, self.replies = self.replies, b""
+        return replies
 
     def _parse_head(self) -> Message | None:
         """Parse the head of the request, if it is complete, and answer."""
