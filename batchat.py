@@ -566,6 +566,18 @@ def parse_host(text: str) -> Host:
     return Host(network if bits else name, network)
 
 
+class Clock:
+    """The time when this iteration of the event loop began."""
+
+    def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
+        self.read = read  # in seconds, from any start
+        self.advance()
+
+    def advance(self) -> None:
+        self.now = self.read()
+        self.wall_time = int(time.time())  # seconds since the epoch
+
+
 class TokenBucket:
     """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent."""
 
@@ -666,8 +678,8 @@ class Person:
 class Limiter:
     """How many may connect, how much they may send, and which addresses are banned."""
 
-    def __init__(self, settings: Settings, now: float) -> None:
-        self.now = now  # when this iteration of the event loop began
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.clock = clock
         self.settings = settings
         self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
         self.quotas: dict[str, Quota] = {}  # by source
@@ -729,31 +741,31 @@ class Limiter:
     def charge(self, person: Person, tokens: float) -> None:
         """Take tokens from a person and their address."""
         if self.settings.rate:
-            person.bucket.spend(tokens, self.now)
-            person.quota.bucket.spend(tokens, self.now)
+            person.bucket.spend(tokens, self.clock.now)
+            person.quota.bucket.spend(tokens, self.clock.now)
             self._move_back(person, tokens)
 
     def _move_back(self, person: Person, tokens: float) -> None:
         """Move a person back by the time in which their share of the address earns the tokens."""
         share = person.quota.bucket.rate / person.quota.connections
-        person.virtual_time = max(person.virtual_time, self.now) + tokens / share
+        person.virtual_time = max(person.virtual_time, self.clock.now) + tokens / share
 
     def tick(self) -> None:
         """Forget the quotas that hold nothing to remember, and the bans that are over."""
         for key, quota in list(self.quotas.items()):
-            is_full = quota.bucket.ready_at + BURST_SECONDS <= self.now
+            is_full = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
             if is_full and not quota.connections and not quota.wrong_passwords:
                 del self.quotas[key]
-        self.bans = {key: until for key, until in self.bans.items() if until > self.now}
+        self.bans = {key: until for key, until in self.bans.items() if until > self.clock.now}
 
     def ban(self, key: str, minutes: int) -> None:
         """Ban an address or a /64; a longer ban stays as it is."""
-        self.bans[key] = max(self.now + 60 * minutes, self.bans.get(key, 0))
+        self.bans[key] = max(self.clock.now + 60 * minutes, self.bans.get(key, 0))
 
     def banned_minutes(self, *keys: str) -> int:
         """Minutes until the last ban of these ends; 0 if there is none."""
-        until = max(self.now, *(self.bans.get(key, 0) for key in keys))
-        return math.ceil((until - self.now) / 60 - 1e-6)  # rounding adds no minute
+        until = max(self.clock.now, *(self.bans.get(key, 0) for key in keys))
+        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # rounding adds no minute
 
 
 # ---
@@ -868,14 +880,13 @@ class Chat:
 
     def __init__(self, protocols: Iterable[type[Protocol]], limiter: Limiter) -> None:
         self.limiter = limiter
-        self.settings = limiter.settings
+        self.settings, self.clock = limiter.settings, limiter.clock
         self.room = os.urandom(8).hex()  # tells this run of the server from others
         self.logs = {protocol: Log(protocol) for protocol in protocols}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.to_reconcile: dict[Any, None] = {}  # the people for whom something has changed
         self.new_bytes = 0  # of events and private bytes, in this iteration
-        self.wall_time = 0  # when this iteration began, in seconds since the epoch
         self._last_id = 0  # of an event
         # When each was given up, its name_key, and whose it was.
         self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
@@ -885,7 +896,7 @@ class Chat:
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
         """Show everyone in the room an event, except talk to those who ignore the speaker."""
         self._last_id += 1
-        event = {"type": kind, "id": self._last_id, "at": self.wall_time, "name": person.name}
+        event = {"type": kind, "id": self._last_id, "at": self.clock.wall_time, "name": person.name}
         event.update(fields)
         for log in self.logs.values():
             if log.readers:
@@ -981,7 +992,7 @@ class Chat:
         else:
             logger.debug("%s left before joining: %s", person.peer, why or code)
         person.state = CLOSING
-        person.timer_start = self.limiter.now
+        person.timer_start = self.clock.now
         self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
@@ -1042,11 +1053,11 @@ class Chat:
         """Free a name; operators can still find its last owner."""
         key = name_key(person.name)
         del self.people[key]
-        self._former_names.append((self.limiter.now, key, person))
+        self._former_names.append((self.clock.now, key, person))
 
     def _find(self, name: str, former: bool = False) -> Person:
         """Who has this name, or (`former`) had it last, here or gone; raises CommandError."""
-        key, oldest = name_key(name), self.limiter.now - FORMER_NAME_SECONDS
+        key, oldest = name_key(name), self.clock.now - FORMER_NAME_SECONDS
         entries = reversed(self._former_names) if former else ()
         owners = (each for at, old_key, each in entries if old_key == key and at > oldest)
         person = self.people.get(key) or next(owners, None)
@@ -1099,7 +1110,7 @@ class Chat:
     @command("/msg NAME TEXT", "say something to one person alone")
     def _msg(self, person: Person, name: str, text: str) -> None:
         other = self._find(name)
-        fields = {"at": self.wall_time, "from": person.name, "to": other.name, "text": text}
+        fields = {"at": self.clock.wall_time, "from": person.name, "to": other.name, "text": text}
         if other is not person and other not in self._ignorers.get(person, ()):
             if other.outbox.private_bytes > WHISPER_LIMIT:
                 raise CommandError(f"{other.name} has too much to read; your line was not sent.")
@@ -1256,22 +1267,21 @@ class Reactor:
     ) -> None:
         self.listeners = dict(listeners)  # until the server is stopped
         self.selector = selector or selectors.DefaultSelector()
-        self.clock = clock
-        self.now = clock()  # when this iteration began
-        self.limiter = Limiter(settings, self.now)
+        self.clock = Clock(clock)
+        self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
         self.connections: dict[Connection, None] = {}  # all, in order of arrival
         self.with_input: dict[Connection, None] = {}  # those with unprocessed input
         self.blocked: dict[Connection, None] = {}  # those whose socket is full
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
         self.paused = False  # somebody is lagging: no input is processed
-        self.tick_at = self.now  # the first tick registers the listeners
+        self.tick_at = self.clock.now  # the first tick registers the listeners
         self.ends_at = NEVER  # when a stopped server ends, at the latest
 
     def run(self) -> bool:
         """Serve until stopped; returns False if an error stopped the server."""
         ok = True
-        while self.listeners or (self.connections and self.now < self.ends_at):
+        while self.listeners or (self.connections and self.clock.now < self.ends_at):
             try:
                 self.run_once()
             except Exception:
@@ -1287,7 +1297,7 @@ class Reactor:
     def stop(self) -> None:
         """Shut down: tell everyone, send what is pending, wait for them to close."""
         if self.listeners:
-            self.ends_at = self.now + SHUTDOWN_SECONDS
+            self.ends_at = self.clock.now + SHUTDOWN_SECONDS
             for listener in self.listeners:
                 with suppress(KeyError):  # it is not registered
                     self.selector.unregister(listener)
@@ -1312,7 +1322,7 @@ class Reactor:
         changed, self.chat.to_reconcile = self.chat.to_reconcile, {}
         for conn in changed:
             self._guard(self._reconcile, conn)
-        if self.now >= self.tick_at:
+        if self.clock.now >= self.tick_at:
             self._tick()
         self._apply_backpressure()
         # By now each reader has been sent all that was offered, or is blocked.
@@ -1325,16 +1335,16 @@ class Reactor:
         if self.chat.to_reconcile:
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
-        if until > self.now:
-            until = max(until, self.now + POLL_SECONDS)
-        poll_at = self.now + POLL_SECONDS if self.paused else NEVER
-        return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock())
+        if until > self.clock.now:
+            until = max(until, self.clock.now + POLL_SECONDS)
+        poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
+        return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
 
     def _advance_clock(self) -> None:
-        """Set all clocks; the stall budget runs down while the room is paused, or recovers."""
-        before, self.now = self.now, self.clock()
-        self.limiter.now, self.chat.wall_time = self.now, int(time.time())
-        change = (self.now - before) * (-1 if self.paused else STALL_RECOVERY)
+        """The stall budget runs down while the room is paused, and recovers while it is not."""
+        before = self.clock.now
+        self.clock.advance()
+        change = (self.clock.now - before) * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
 
     def _on_io(self, conn: Connection, mask: int) -> None:
@@ -1347,11 +1357,11 @@ class Reactor:
 
     def _process_ready(self) -> None:
         """Process input in the order of `virtual_time`."""
-        until = self.clock() + PROCESS_SECONDS
+        until = self.clock.read() + PROCESS_SECONDS
         for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
-            if self.clock() > until:
+            if self.clock.read() > until:
                 return
-            if self._ready_at(conn) <= self.now or conn.protocol.interrupted:
+            if self._ready_at(conn) <= self.clock.now or conn.protocol.interrupted:
                 self._guard(self._process_input, conn)
 
     def _broadcast(self, log: Log) -> None:
@@ -1392,7 +1402,7 @@ class Reactor:
 
     def _tick(self) -> None:
         """Once a second: retry what failed, and check everyone."""
-        self.tick_at = self.now + TICK_SECONDS
+        self.tick_at = self.clock.now + TICK_SECONDS
         for listener in self.listeners:
             if listener not in self.selector.get_map():
                 with suppress(OSError):  # the next tick tries again
@@ -1406,7 +1416,7 @@ class Reactor:
     def _check(self, conn: Connection) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
-        if self.now >= conn.deadline:
+        if self.clock.now >= conn.deadline:
             if conn.state is CLOSING or conn.lost:
                 self._drop(conn, "lost")
             else:
@@ -1439,7 +1449,7 @@ class Reactor:
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            conn = Connection(sock, peer, log, self.now)
+            conn = Connection(sock, peer, log, self.clock.now)
             self.limiter.add(conn, address)
             self.connections[conn] = None
             self._guard(self._admit, conn)
@@ -1519,7 +1529,7 @@ class Reactor:
         """Handle messages until there are none; False if the person has to wait, or has left."""
         protocol = conn.protocol
         while conn.state is not CLOSING:
-            if self._ready_at(conn) > self.now:
+            if self._ready_at(conn) > self.clock.now:
                 if not protocol.interrupted:
                     return False
                 protocol.interrupt()
@@ -1571,7 +1581,7 @@ class Reactor:
         """Send nothing more: the peer has missed something.  What was read is still processed."""
         if not conn.lost:
             conn.lost = why or "lost"
-            conn.timer_start = self.now
+            conn.timer_start = self.clock.now
             conn.outbox.close_writes()
             self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already

@@ -187,7 +187,7 @@ class Guest(batchat.Person):
     """Somebody in a chat without sockets."""
 
     def __init__(self, chat: Chat, host="127.0.0.1", protocol=Telnet):
-        super().__init__(f"{host} port {next(PORTS)}", chat.logs[protocol], chat.limiter.now)
+        super().__init__(f"{host} port {next(PORTS)}", chat.logs[protocol], chat.limiter.clock.now)
         self.chat = chat
         if protocol is Web:
             messages_of(self.protocol, OPENING)
@@ -214,12 +214,14 @@ class Guest(batchat.Person):
 
 class Room:
     def __init__(self, **settings):
-        self.limiter = batchat.Limiter(Settings(**settings), 0.0)
+        clock = batchat.Clock(lambda: 0.0)
+        clock.wall_time = 0
+        self.limiter = batchat.Limiter(Settings(**settings), clock)
         self.chat = Chat((Telnet, Web), self.limiter)
         self.guests: list[Guest] = []
 
     def wait(self, seconds: float):
-        self.limiter.now += seconds
+        self.limiter.clock.now += seconds
         self.limiter.tick()
 
     def caller(self, *lines: str, **where) -> Guest:
@@ -1550,7 +1552,7 @@ BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "
 def test_line_is_shown_to_the_right_people(room, protocol, line, others, own, shown):
     """As text, or as an event on the WebSocket, where speakers read their own lines."""
     _bob, ann, mike = [room.join(name, protocol=protocol) for name in ("bob", "ann", "mike")]
-    mike.operator, room.chat.wall_time = "/kick" in line, 7
+    mike.operator, room.chat.clock.wall_time = "/kick" in line, 7
     mike.types(line)
     ann.expect(others if protocol is Telnet else others and shown)
     mike.expect(own if protocol is Telnet else shown)
@@ -1840,7 +1842,7 @@ def test_newcomer_reads_the_last_lines_first():
     room = Room(history=3)
     ann, bob = room.join("ann"), room.join("bob")
     ann.types("too long ago", "hi")
-    room.chat.wall_time = 300
+    room.chat.clock.wall_time = 300
     bob.types("/me waves", "/msg ann psst", "/nick rob", "/nope")
     ann.types("//slash")
     mike = room.caller("mike")
@@ -2150,7 +2152,7 @@ def test_former_name_is_the_latest_of_an_hour(kept, ann):
 def test_ban_takes_an_address(kept, ann):
     """People from there stay.  A network is no address, but for the /64 that counts as one."""
     eve = kept.join("eve", "203.0.113.5")
-    kept.limiter.now = 892.3772230426861  # in floats, 5 minutes later is more than 5 minutes later
+    kept.limiter.clock.now = 892.3772230426861  # in floats, 5 minutes more is over 5 minutes later
     ann.types("/ban 203.0.113.5/64", "/ban 203.0.113.5 5", "/ban 2001:db8::7", "/ban 1.2.3")
     ann.types("/ban 203.0.113.0/24", "/ban 2001:db8::/48", "/ban 2001:db8:1::/64 9", "/bans")
     ann.expect(
@@ -2253,7 +2255,7 @@ def test_right_password_works_after_wrong_ones(kept):
 def test_first_events_of_a_caller(kept, ann):
     bob, eve = kept.join("bob", protocol=Web), Guest(kept.chat, protocol=Web)
     ann.types("hi")
-    kept.chat.wall_time = 7
+    kept.chat.clock.wall_time = 7
     eve.types("a b", "eve", "/quit")
     prompt = event("prompt", text="Please enter your name, and press enter: ")
     said = {"type": "said", "id": 3, "at": 0, "name": "ann", "text": "hi"}
@@ -2441,7 +2443,7 @@ def test_long_answers_cost_more(room):
     for n in range(1000):
         room.caller(f"{'x' * 20}{n}")
     room.wait(60)
-    before = room.limiter.now - 5
+    before = room.limiter.clock.now - 5
     ann.types("/who")
     assert 2 < (ann.bucket.ready_at - before) * 10 < 4
 
