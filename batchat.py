@@ -455,13 +455,13 @@ def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
     """
     if data.isascii():  # the usual case
         return data, b"", b""
-    text, end, rest, replies = bytearray(), 0, b"", bytearray()
+    text, end, incomplete, replies = bytearray(), 0, b"", bytearray()
     for command in TELNET_COMMAND.finditer(data):
         text += data[end : command.start()]
         end = command.end()
         verb, last = command.groups()
         if not last:
-            rest = command[0]
+            incomplete = command[0]
         elif verb in REFUSALS and last != BINARY:
             replies += IAC + REFUSALS[verb] + last
         elif not verb and last in KEYS:
@@ -469,9 +469,9 @@ def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
             text.append(KEYS[last] | top_bit)
     text += data[end:]
     if unfinished := UNFINISHED.search(text[-3:]):
-        rest = unfinished[0] + rest
+        incomplete = unfinished[0] + incomplete
         del text[-len(unfinished[0]) :]
-    return bytes(text), rest, bytes(replies)
+    return bytes(text), incomplete, bytes(replies)
 
 
 class Telnet(Protocol):
@@ -482,8 +482,8 @@ class Telnet(Protocol):
 
     def __init__(self) -> None:
         self._asked = False  # for BINARY
-        self._rest = b""  # incomplete, from `split_commands`
-        self._peek_rest = b""  # the same for `peek`, which is ahead of `feed`
+        self._incomplete = b""  # from `split_commands`
+        self._peek_incomplete = b""  # the same for `peek`, which is ahead of `feed`
         self._last = b""  # the last byte of text: an LF after a CR belongs to that
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -496,7 +496,7 @@ class Telnet(Protocol):
         if not data:
             self._text += CTRL_D  # the end of the stream counts as one
             return
-        text, self._rest, replies = split_commands(self._rest + data)
+        text, self._incomplete, replies = split_commands(self._incomplete + data)
         for key in (CTRL_C, CTRL_D):  # what comes after one of them is ignored
             text = b"".join(text.partition(key)[:2])
         after_cr = self._last == b"\r"
@@ -515,7 +515,7 @@ class Telnet(Protocol):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
     def peek(self, data: bytes) -> None:
-        text, self._peek_rest, replies = split_commands(self._peek_rest + data)
+        text, self._peek_incomplete, replies = split_commands(self._peek_incomplete + data)
         if CTRL_C in text and not self.interrupted:
             self.interrupted = True
             # Without an answer to its TIMING-MARK, telnet shows nothing more (RFC 860).
@@ -543,9 +543,10 @@ LOCALHOST = "localhost"
 
 
 class Host(NamedTuple):
-    """Where somebody connects from.  A ban of `key` holds for them if `key in host`.
+    """Where somebody connects from.
 
-    For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
+    A source, an address or an IPv6 /64, is counted and banned as one; they are from it if
+    `source in host`.  For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
     """
 
     address: str
@@ -689,7 +690,7 @@ class Limiter:
     def add(self, person: Person, address: str) -> None:
         """Count a connection from an address; if there are too many, it is rejected."""
         person.host = parse_host(address)
-        person.quota = self.quota_for(self.counted_as(person.host))
+        person.quota = self.quota_for(self.source_of(person.host))
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
             quota.connections += 1
@@ -700,8 +701,8 @@ class Limiter:
         if self.settings.rate:
             self._move_back(person, JOIN_TOKENS)  # else reconnecting would put them first
 
-    def counted_as(self, host: Host) -> str:
-        """What counts as one: an IPv6 /64, but in our own networks each address."""
+    def source_of(self, host: Host) -> str:
+        """The source that counts: an IPv6 /64, but in our own networks the address."""
         return host.address if host.network in self.own_networks else host.network
 
     def mark_departing(self, person: Person) -> None:
@@ -715,17 +716,17 @@ class Limiter:
             quota.connections -= 1
             quota.departing.pop(person, None)
 
-    def quota_for(self, key: str) -> Quota:
-        """The quota with this key; a new one if it is not known."""
-        if key not in self.quotas:
+    def quota_for(self, source: str) -> Quota:
+        """The quota with this source; a new one if it is not known."""
+        if source not in self.quotas:
             if len(self.quotas) >= ADDRESSES_LIMIT:
                 idle = (old for old, each in self.quotas.items() if not each.connections)
                 self.quotas.pop(next(idle, ""), None)
             limit, rate = self.settings.max_per_address, self.settings.rate * ADDRESS_FACTOR
-            if key == LOCALHOST:
+            if source == LOCALHOST:
                 limit, rate = 0, rate * LOCALHOST_FACTOR
-            self.quotas[key] = Quota(limit, SPARE_PER_ADDRESS, rate)
-        return self.quotas[key]
+            self.quotas[source] = Quota(limit, SPARE_PER_ADDRESS, rate)
+        return self.quotas[source]
 
     def to_evict(self, person: Person) -> Any:
         """The one to close if too many are departing, in all or from this address; or None."""
@@ -734,7 +735,7 @@ class Limiter:
                 # What the lost sent is still to be said: they go last, who has used most first.
                 return max(
                     quota.departing,
-                    key=lambda each: (each.all_sent, each.state is CLOSING, each.virtual_time),
+                    key=lambda one: (one.all_sent, one.state is CLOSING, one.virtual_time),
                 )
         return None
 
@@ -752,19 +753,19 @@ class Limiter:
 
     def tick(self) -> None:
         """Forget the quotas that hold nothing to remember, and the bans that are over."""
-        for key, quota in list(self.quotas.items()):
+        for source, quota in list(self.quotas.items()):
             is_full = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
             if is_full and not quota.connections and not quota.wrong_passwords:
-                del self.quotas[key]
-        self.bans = {key: until for key, until in self.bans.items() if until > self.clock.now}
+                del self.quotas[source]
+        self.bans = {source: until for source, until in self.bans.items() if until > self.clock.now}
 
-    def ban(self, key: str, minutes: int) -> None:
+    def ban(self, source: str, minutes: int) -> None:
         """Ban an address or a /64; a longer ban stays as it is."""
-        self.bans[key] = max(self.clock.now + 60 * minutes, self.bans.get(key, 0))
+        self.bans[source] = max(self.clock.now + 60 * minutes, self.bans.get(source, 0))
 
-    def banned_minutes(self, *keys: str) -> int:
+    def banned_minutes(self, *sources: str) -> int:
         """Minutes until the last ban of these ends; 0 if there is none."""
-        until = max(self.clock.now, *(self.bans.get(key, 0) for key in keys))
+        until = max(self.clock.now, *(self.bans.get(source, 0) for source in sources))
         return math.ceil((until - self.clock.now) / 60 - 1e-6)  # rounding adds no minute
 
 
@@ -782,9 +783,9 @@ class History:
         self._lines.append((event, host))
         self._encoded.clear()
 
-    def forget(self, key: str) -> None:
+    def forget(self, source: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        kept = [line for line in self._lines if key not in line[1]]
+        kept = [line for line in self._lines if source not in line[1]]
         self._lines = deque(kept, self._lines.maxlen)
         self._encoded.clear()
 
@@ -908,8 +909,8 @@ class Chat:
                 self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
-            for each in self._ignorers.get(person, ()):
-                each.outbox.exclude_newest()
+            for ignorer in self._ignorers.get(person, ()):
+                ignorer.outbox.exclude_newest()
 
     def send(self, person: Person, kind: str, **fields: Any) -> None:
         self.send_raw(person, person.protocol.encode({"type": kind, **fields}))
@@ -1058,12 +1059,12 @@ class Chat:
     def _find(self, name: str, former: bool = False) -> Person:
         """Who has this name, or (`former`) had it last, here or gone; raises CommandError."""
         key, oldest = name_key(name), self.clock.now - FORMER_NAME_SECONDS
-        entries = reversed(self._former_names) if former else ()
-        owners = (each for at, old_key, each in entries if old_key == key and at > oldest)
-        person = self.people.get(key) or next(owners, None)
-        if not person:
-            raise CommandError(f"Nobody here is called {name}.")
-        return person
+        if key in self.people:
+            return self.people[key]
+        for given_up, old_key, person in reversed(self._former_names) if former else ():
+            if old_key == key and given_up > oldest:
+                return person
+        raise CommandError(f"Nobody here is called {name}.")
 
     def _host_of(self, target: str) -> Host:
         """The host for an address, an IPv6 /64 or a name; raises CommandError."""
@@ -1096,9 +1097,9 @@ class Chat:
     @command("/who", "show who is here", "/names", "/list")
     def _who(self, person: Person) -> None:
         rows: list[Event] = []
-        for _, each in sorted(self.people.items()):
-            address = {"address": each.host.address} if person.operator else {}
-            rows.append({"name": each.name, "operator": each.operator, **address})
+        for _, other in sorted(self.people.items()):
+            address = {"address": other.host.address} if person.operator else {}
+            rows.append({"name": other.name, "operator": other.operator, **address})
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / WHO_BYTES_PER_TOKEN)
         self.send_raw(person, data)
@@ -1164,8 +1165,8 @@ class Chat:
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
-            key = self.limiter.counted_as(person.host)
-            logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, key)
+            source = self.limiter.source_of(person.host)
+            logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
         raise CommandError("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
@@ -1178,41 +1179,41 @@ class Chat:
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
-        key = self.limiter.counted_as(self._host_of(target))
+        source = self.limiter.source_of(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
-        if key == LOCALHOST or key in person.host:
+        if source == LOCALHOST or source in person.host:
             raise CommandError("Neither localhost nor your own address can be banned; use /kick.")
-        if key not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
+        if source not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
-        self.history.forget(key)
-        self.limiter.ban(key, minutes)
-        minutes = self.limiter.banned_minutes(key)
+        self.history.forget(source)
+        self.limiter.ban(source, minutes)
+        minutes = self.limiter.banned_minutes(source)
         with suppress(CommandError):  # nobody to kick: it is an address, or they have left
             self._kick(person, target, f"banned for {minutes} min")
-        logger.info("%s banned %s for %d min", person.name, key, minutes)
-        here = sum(key in each.host for each in self.people.values())
-        text = f"{key} is banned for {minutes} min; still here from there: {here}."
+        logger.info("%s banned %s for %d min", person.name, source, minutes)
+        here = sum(source in other.host for other in self.people.values())
+        text = f"{source} is banned for {minutes} min; still here from there: {here}."
         self.send(person, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators=True)
     def _bans(self, person: Person) -> None:
         lines = [
-            f"{key} is banned for another {self.limiter.banned_minutes(key)} min."
-            for key in self.limiter.bans
+            f"{source} is banned for another {self.limiter.banned_minutes(source)} min."
+            for source in self.limiter.bans
         ]
         for text in lines or ["No address is banned."]:
             self.send(person, "notice", text=text)
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, target: str) -> None:
-        ended = [key for key in self._host_of(target) if self.limiter.bans.pop(key, None)]
+        ended = [source for source in self._host_of(target) if self.limiter.bans.pop(source, None)]
         if not ended:
             raise CommandError(f"{target} is not banned.")
-        for key in ended:
-            logger.info("%s ended the ban of %s", person.name, key)
-            self.send(person, "notice", text=f"{key} is no longer banned.")
+        for source in ended:
+            logger.info("%s ended the ban of %s", person.name, source)
+            self.send(person, "notice", text=f"{source} is no longer banned.")
 
 
 # ---
@@ -1327,7 +1328,7 @@ class Reactor:
         self._apply_backpressure()
         # By now each reader has been sent all that was offered, or is blocked.
         for log in self.chat.logs.values():
-            cursors = [each.outbox.cursor for each in self.blocked if each.outbox.log is log]
+            cursors = [conn.outbox.cursor for conn in self.blocked if conn.outbox.log is log]
             log.trim(min([log.offered, *cursors]))
 
     def _timeout(self) -> float:
@@ -1358,7 +1359,7 @@ class Reactor:
     def _process_ready(self) -> None:
         """Process input in the order of `virtual_time`."""
         until = self.clock.read() + PROCESS_SECONDS
-        for conn in sorted(self.with_input, key=lambda each: each.virtual_time):
+        for conn in sorted(self.with_input, key=lambda conn: conn.virtual_time):
             if self.clock.read() > until:
                 return
             if self._ready_at(conn) <= self.clock.now or conn.protocol.interrupted:
@@ -1398,7 +1399,7 @@ class Reactor:
         self.paused = bool(self._lagging())
 
     def _lagging(self) -> list[Connection]:
-        return [each for each in self.blocked if each.outbox.lag > LAG_LIMIT]
+        return [conn for conn in self.blocked if conn.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
         """Once a second: retry what failed, and check everyone."""
@@ -1514,7 +1515,8 @@ class Reactor:
     def _process_input(self, conn: Connection) -> None:
         """Handle messages; then feed the protocol once, and handle what comes of it."""
         self.chat.to_reconcile[conn] = None
-        self.with_input[conn] = self.with_input.pop(conn)  # to the end: equal ones take turns
+        # To the end: equal ones take turns, for sorted() is stable.
+        self.with_input[conn] = self.with_input.pop(conn)
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
         may_go_on = self._handle_messages(conn)
         if may_go_on and (conn.read_buffer or conn.eof):
@@ -1765,8 +1767,8 @@ def stop_on_signals(reactor: Reactor) -> None:
 
     def on_signal(signum: int, frame: object) -> None:
         writer.send(b"!")  # wakes the event loop, which stops the server
-        for each in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
-            signal.signal(each, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
+            signal.signal(number, signal.SIG_DFL)
 
     def on_wakeup() -> None:  # of the event loop
         reader.recv(16)
@@ -1799,7 +1801,7 @@ def main(arguments: list[str] | None = None) -> int:
         listeners[open_listener(options.host, *web_ports)] = Web
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
-    ports = [each.getsockname()[1] for each in listeners]
+    ports = [listener.getsockname()[1] for listener in listeners]
     text = "BATCHAT %s, process %d, ports %s, %d connections at most; %s"
     logger.info(text, __version__, os.getpid(), ports, limit, vars(options))
     announce(options.host, ports)
@@ -1899,10 +1901,10 @@ class Web(Protocol):
 
     def _parse_head(self) -> Message | None:
         """Parse the head of the request, if it is complete, and answer."""
-        head, *rest = HEAD_END.split(self._data, 1)
+        head, *after = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
             return self._respond(431)
-        if not rest:
+        if not after:
             return DISCONNECT if self._ended else None
         try:
             method, path, fields = parse_request(head)
@@ -1914,15 +1916,15 @@ class Web(Protocol):
         if method not in ("GET", "HEAD"):
             return self._respond(405)
         if path == "/chat" and method == "GET":
-            return self._upgrade(fields, rest[0])
+            return self._upgrade(fields, after[0])
         if path == "/hello":
             return self._respond(200, "Hello, World!")
         if path == "/":
             return self._respond(200, PAGE, "html")
         return self._respond(404)
 
-    def _upgrade(self, fields: dict[str, str], rest: bytes) -> Message:
-        """Open a WebSocket (RFC 6455, section 4.2); `rest` came after the head."""
+    def _upgrade(self, fields: dict[str, str], after: bytes) -> Message:
+        """Open a WebSocket (RFC 6455, section 4.2); `after` came after the head."""
         key = fields.get("sec-websocket-key", "")
         if not key or "websocket" not in fields.get("upgrade", "").lower():
             return self._respond(426)
@@ -1934,7 +1936,7 @@ class Web(Protocol):
         accept = digest("sha1", key + WEBSOCKET_GUID)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
-        self.opened, self._data = True, rest
+        self.opened, self._data = True, after
         return CONNECTED
 
     def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Signal:

@@ -953,7 +953,7 @@ class WatchedChat(Chat):
         assert not world.was_paused or message is DISCONNECT
         self.speaker = peer
         world.work += 1
-        world.spent.update([peer, self.limiter.counted_as(person.host)])
+        world.spent.update([peer, self.limiter.source_of(person.host)])
         peer.messages.append(message)
         peer.waited = 0
         ignore = re.fullmatch(r"/ignore (\w+)", message) if isinstance(message, str) else None
@@ -2184,7 +2184,7 @@ def test_ban_in_our_own_network(kept, ann):
     kept.limiter.remove(gone)
     kept.wait(20)
     kept.limiter.add(behind_proxy, "2001:db8::5")
-    assert kept.limiter.counted_as(behind_proxy.host) == "2001:db8::5"
+    assert kept.limiter.source_of(behind_proxy.host) == "2001:db8::5"
     ann.types("/unban 2001:db8::5")
     ann.expect("* 2001:db8::/64 is no longer banned.\n")
     for line, banned in [("/ban 2001:DB8::5", [0, 60, 60]), ("/unban 2001:DB8::5", [0, 0, 0]),
