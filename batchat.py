@@ -291,10 +291,11 @@ class Outbox:
         self._splice(self.log.newest, b"", self.log.end)
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
+        """Add a splice; where it only leaves out more than the last one, that is extended."""
         if not self.write_closed:
             self.private_bytes += len(private)
             if self.splices and self.splices[-1][2] == offset and not private:
-                offset, private, _ = self.splices.pop()  # extend it; its private bytes stay
+                offset, private, _ = self.splices.pop()
             self.splices.append((offset, private, resume))
 
     def unsent(self) -> memoryview:
@@ -342,7 +343,11 @@ Message = Union[str, Signal]
 
 
 class Protocol:
-    """A protocol without sockets: `feed` it bytes, take the `next` message."""
+    """A protocol without sockets.
+
+    Each read is shown to `peek`.  Later it is given to `feed`, in parts; each time, `next` returns
+    messages until it returns None.  After DISCONNECT nothing more is asked of it.
+    """
 
     ECHO = False  # whether speakers are sent what they say
     PING_DATA = b""  # a ping, where the protocol has one
@@ -358,16 +363,16 @@ class Protocol:
         raise NotImplementedError
 
     def feed(self, data: bytes) -> None:
-        """Take what the peer sent, when `next` has returned None; b"" is the end of the stream."""
+        """Take what the peer sent; b"" is the end of the stream."""
 
     def next(self) -> Message | None:
-        """The next line or signal, DISCONNECT last; None if more must be read first."""
+        """The next line or signal; None if more must be fed first."""
 
     def peek(self, data: bytes) -> None:
-        """Look for Ctrl-C in what was just read: it counts before its turn to be fed."""
+        """Look for Ctrl-C in what was read: it counts even while its sender has to wait."""
 
     def interrupt(self) -> None:
-        """Drop everything that waits before the Ctrl-C: `next` returns DISCONNECT now."""
+        """Drop what was read before the Ctrl-C: `next` returns DISCONNECT now."""
 
     def close(self, code: str) -> bytes:
         """The last bytes, after a `closing` event if there is one, which has this code."""
@@ -545,8 +550,9 @@ LOCALHOST = "localhost"
 class Host(NamedTuple):
     """Where somebody connects from.
 
-    A source, an address or an IPv6 /64, is counted and banned as one; they are from it if
-    `source in host`.  For example ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or LOCALHOST twice.
+    A source, an address or an IPv6 /64, is counted and banned as one.  They are from it if
+    `source in host`.  Hosts are ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or
+    LOCALHOST twice.
     """
 
     address: str
@@ -562,7 +568,7 @@ def parse_host(text: str) -> Host:
     name = network = LOCALHOST if address.is_loopback else str(address)
     if address.version == 6 and not address.is_loopback:
         network = str(ipaddress.ip_network((address, 64), strict=False))
-    if bits and (bits != "64" or network == name):
+    if bits and (bits != "64" or network == name):  # no other network can be banned
         raise ValueError(text)
     return Host(network if bits else name, network)
 
@@ -682,13 +688,16 @@ class Limiter:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.clock = clock
         self.settings = settings
-        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
+        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)  # shares no tokens
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
     def add(self, person: Person, address: str) -> None:
-        """Count a connection from an address; if there are too many, it is rejected."""
+        """Count a connection from an address; if there are too many, it is rejected.
+
+        One that a proxy has made is removed, and added again with the address that it tells.
+        """
         person.host = parse_host(address)
         person.quota = self.quota_for(self.source_of(person.host))
         person.bucket = TokenBucket(self.settings.rate)
@@ -893,6 +902,41 @@ class Chat:
         self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
+    # The state machine
+    def handle(self, person: Person, message: Message) -> None:
+        """Do what a line or signal means in this state; see the table above."""
+        self.limiter.charge(person, LINE_TOKENS)
+        try:
+            if message is DISCONNECT:
+                self.disconnect(person, why=person.lost or "the connection ended")
+            elif message is CONNECTED:
+                self.greet(person)
+            elif person.state is CHATTING:
+                if message is TOO_LONG:
+                    text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
+                    raise CommandError(text, "too_long")
+                self._take_line(person, message)
+            elif message is TOO_LONG or HTTP_REQUEST.match(message):  # a web request, long or not
+                self.disconnect(person, why="sent no name")
+            elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
+                self.disconnect(person, why="quit")
+            else:
+                self._join(person, message)
+        except CommandError as error:
+            self.send(person, "error", code=error.code, text=str(error))
+            if person.state is AWAITING_NAME:
+                self._ask_for_name(person)
+
+    def _take_line(self, person: Person, line: str) -> None:
+        if password := PASSWORD_LINE.match(line):  # run it, so that the password is never said
+            line = f"/op{password[1]}"
+        if line.lstrip()[:1] == "/":
+            self._run_command(person, line)
+        elif line.strip():
+            self.publish("said", person, text=line)
+            if line in ("help", "?"):
+                self.send(person, "notice", text="/help shows what you can type.")
+
     # Showing events
     def publish(self, kind: str, person: Person, **fields: Any) -> None:
         """Show everyone in the room an event, except talk to those who ignore the speaker."""
@@ -1008,41 +1052,7 @@ class Chat:
             if person.state is not CLOSING:
                 self.disconnect(person, "shutdown")
 
-    # The state machine
-    def handle(self, person: Person, message: Message) -> None:
-        """Do what a line or signal means in this state; see the table above."""
-        self.limiter.charge(person, LINE_TOKENS)
-        try:
-            if message is DISCONNECT:
-                self.disconnect(person, why=person.lost or "the connection ended")
-            elif message is CONNECTED:
-                self.greet(person)
-            elif person.state is CHATTING:
-                if message is TOO_LONG:
-                    text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
-                    raise CommandError(text, "too_long")
-                self._take_line(person, message)
-            elif message is TOO_LONG or HTTP_REQUEST.match(message):  # a web request, long or not
-                self.disconnect(person, why="sent no name")
-            elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
-                self.disconnect(person, why="quit")
-            else:
-                self._join(person, message)
-        except CommandError as error:
-            self.send(person, "error", code=error.code, text=str(error))
-            if person.state is AWAITING_NAME:
-                self._ask_for_name(person)
-
-    def _take_line(self, person: Person, line: str) -> None:
-        if password := PASSWORD_LINE.match(line):  # run it, so that the password is never said
-            line = f"/op{password[1]}"
-        if line.lstrip()[:1] == "/":
-            self._run_command(person, line)
-        elif line.strip():
-            self.publish("said", person, text=line)
-            if line in ("help", "?"):
-                self.send(person, "notice", text="/help shows what you can type.")
-
+    # Names
     def _available_name(self, person: Person, text: str) -> str:
         """`text` as a name that this person may take, or already has; raises CommandError."""
         name = check_name(text)
@@ -1075,12 +1085,13 @@ class Chat:
 
     # Commands
     def _run_command(self, person: Person, line: str) -> None:
-        name, rest = [*line.split(None, 1), ""][:2]
+        words = line.split(None, 1)
+        name, rest = words[0].lower(), "".join(words[1:])
         if name[:2] == "//":  # //x says /x, but //op is /op: see PASSWORD_LINE
             name, rest = "//", line.lstrip()[1:]
-        found = COMMANDS.get(name.lower())
+        found = COMMANDS.get(name)
         if not found or (found.operators and not person.operator):
-            raise CommandError(f"Unknown command {name.lower()}; try /help.", "unknown_command")
+            raise CommandError(f"Unknown command {name}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
@@ -1786,6 +1797,7 @@ def stop_on_signals(reactor: Reactor) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Handler the server; returns the exit status."""
     options = parse_options(arguments)
+    # What is no UTF-8 on the command line is there as surrogates, which can't be encoded.
     options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
     limit = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
