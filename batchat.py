@@ -100,17 +100,17 @@ PROMPT = "Please enter your name, and press enter: "
 
 def text_of(event: Event) -> str:
     """An event as telnet shows it, with newlines as line ends."""
-    kind, template = event["type"], TEMPLATES[event["type"]]
-    if kind == "people":
+    event_type, template = event["type"], TEMPLATES[event["type"]]
+    if event_type == "people":
         names = []
         for row in event["people"]:
             mark = "@" if row["operator"] else ""
             address = f" ({row['address']})" if "address" in row else ""
             names.append(mark + row["name"] + address)
         return template.format(count=len(names), names=", ".join(names))
-    if kind == "help":
+    if event_type == "help":
         return "".join(template.format(usage=u, text=t) for u, t in event["commands"])
-    if kind == "history":
+    if event_type == "history":
         if not event["events"]:
             return ""
         since = local_time("%Y-%m-%d %H:%M", event["events"][0]["at"])
@@ -135,8 +135,8 @@ NORMALIZE_LIMIT = 4 * NAME_LIMIT + 4  # characters: NFC makes a text four times 
 NAME_TRIES = 5
 
 # Time, in seconds
-NAME_SECONDS = 120.0  # from connecting to a valid name
 HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
+NAME_SECONDS = 120.0  # from the greeting to a valid name
 CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
 SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
 LOST_SECONDS = 120.0  # to process what somebody sent before a reset
@@ -192,7 +192,7 @@ WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
 class Settings(NamedTuple):
-    """The options that the server runs with.  A limit of 0 is no limit."""
+    """What the server runs with: options, and what follows from them.  0 is no limit."""
 
     rate: int = 10  # lines a second from one person
     max_people: int = 0  # in the room
@@ -201,13 +201,13 @@ class Settings(NamedTuple):
     welcome: str = "Welcome to BATCHAT local reviews and chat!"
     password: str = ""  # of the operators; without one, there are none
     behind_proxy: bool = False  # trust X-Forwarded-For of callers from localhost
-    max_connections: int = 1_000_000
+    max_connections: int = 1_000_000  # from the limit of open descriptors
 
 
 # ---
 # 3. Log and Outbox
 
-FOREVER = 1 << 62  # an offset that no log ever reaches
+UNREACHABLE = 1 << 62  # an offset that no log ever reaches
 
 
 class Log:
@@ -244,12 +244,12 @@ class Outbox:
     A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
     (a reply to this person), then go on at `resume` (after their own line).  With the cursor at
     100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
-    Splices are in order.  Outside the room the cursor is FOREVER, and so are all offsets.
+    Splices are in order.  Outside the room the cursor is UNREACHABLE, and so are all offsets.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.cursor = FOREVER
+        self.cursor = UNREACHABLE
         self.splices: list[tuple[int, bytes, int]] = []
         self.private_bytes = 0  # in all splices
         self.write_closed = False  # nothing can be sent any more
@@ -271,12 +271,12 @@ class Outbox:
 
     def leave(self) -> None:
         """Read the log no further than to its end now; private bytes may still follow."""
-        self._splice(self.log.end, b"", FOREVER)
+        self._splice(self.log.end, b"", UNREACHABLE)
 
     def close_writes(self) -> None:
         """Drop everything pending, and take nothing more."""
         self.write_closed = True
-        self.cursor = FOREVER
+        self.cursor = UNREACHABLE
         self.splices.clear()
         self.private_bytes = 0
 
@@ -299,7 +299,10 @@ class Outbox:
             self.splices.append((offset, private, resume))
 
     def unsent(self) -> memoryview:
-        """Everything pending, in order.  Release it before the log grows."""
+        """Everything pending, in order.  Release it before the log grows.
+
+        From UNREACHABLE on, a slice of the log is empty.
+        """
         log, cursor = self.log, self.cursor
         if not self.splices:
             return memoryview(log.data)[cursor - log.start :]
@@ -316,7 +319,7 @@ class Outbox:
         while self.splices and sent >= self.splices[0][0] - self.cursor:
             offset, private, resume = self.splices.pop(0)
             sent -= offset - self.cursor
-            self.cursor = resume
+            self.cursor = resume  # what is left of `private` will come before it
             self.private_bytes -= min(sent, len(private))
             if sent < len(private):
                 self.splices.insert(0, (resume, private[sent:], resume))
@@ -328,32 +331,31 @@ class Outbox:
 # ---
 # 4. Protocol, Telnet
 
-class Signal(Enum):
+class Control(Enum):
     """What a protocol reports besides lines."""
 
-    CONNECTED = "a WebSocket is open: greet the person"
-    TOO_LONG = "a line was over LINE_LIMIT, and was dropped"
-    DISCONNECT = "Ctrl-C or Ctrl-D, or the protocol has ended"
+    CONNECTED = 1  # a WebSocket is open: greet the person
+    TOO_LONG = 2  # a line was over LINE_LIMIT, and was dropped
+    DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-CONNECTED: Final = Signal.CONNECTED
-TOO_LONG: Final = Signal.TOO_LONG
-DISCONNECT: Final = Signal.DISCONNECT
-Message = Union[str, Signal]
+CONNECTED: Final = Control.CONNECTED
+TOO_LONG: Final = Control.TOO_LONG
+DISCONNECT: Final = Control.DISCONNECT
+Message = Union[str, Control]
 
 
 class Protocol:
     """A protocol without sockets.
 
-    Each read is shown to `peek`.  Later it is given to `feed`, in parts; each time, `next` returns
-    messages until it returns None.  After DISCONNECT nothing more is asked of it.
+    What was read is given to `feed`, in parts.  After each, `next` returns messages until it
+    returns None.  After DISCONNECT there is only `close`.
     """
 
     ECHO = False  # whether speakers are sent what they say
     PING_DATA = b""  # a ping, where the protocol has one
 
-    opened = True  # whether events can be sent
-    interrupted = False  # Ctrl-C was read; what was read before it may still have to be fed
+    opened = True  # whether events can be sent: of Web, while a WebSocket is open
     replies = b""  # what the protocol itself answers
     behind_proxy = False  # trust the peer's X-Forwarded-For
     forwarded_for = ""  # the address in it
@@ -368,11 +370,9 @@ class Protocol:
     def next(self) -> Message | None:
         """The next line or signal; None if more must be fed first."""
 
-    def peek(self, data: bytes) -> None:
-        """Look for Ctrl-C in what was read: it counts even while its sender has to wait."""
-
-    def interrupt(self) -> None:
-        """Drop what was read before the Ctrl-C: `next` returns DISCONNECT now."""
+    def has_interrupt(self, unfed: bytes) -> bool:
+        """Whether there is a Ctrl-C in what waits: lines that were fed, or what is to be fed."""
+        return False
 
     def close(self, code: str) -> bytes:
         """The last bytes, after a `closing` event if there is one, which has this code."""
@@ -488,7 +488,8 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         self._asked = False  # for BINARY
         self._incomplete = b""  # from `split_commands`
-        self._peek_incomplete = b""  # the same for `peek`, which is ahead of `feed`
+        self._scanned = 0  # bytes that `has_interrupt` has seen, and that were not fed yet
+        self._scan_incomplete = b""  # from `split_commands`, at their end
         self._last = b""  # the last byte of text: an LF after a CR belongs to that
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
@@ -501,9 +502,10 @@ class Telnet(Protocol):
         if not data:
             self._text += CTRL_D  # the end of the stream counts as one
             return
+        self._scanned = max(0, self._scanned - len(data))
         text, self._incomplete, replies = split_commands(self._incomplete + data)
-        for key in (CTRL_C, CTRL_D):  # what comes after one of them is ignored
-            text = b"".join(text.partition(key)[:2])
+        if leaves := re.search(b"[\3\4]", text):  # what comes after Ctrl-C or Ctrl-D is ignored
+            text = text[: leaves.end()]
         after_cr = self._last == b"\r"
         self._last = text[-1:] or self._last
         if after_cr and text[:1] in (b"\n", b"\0"):
@@ -512,22 +514,23 @@ class Telnet(Protocol):
         lines = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += lines.replace(b"\r", b"\n")
         ends_like_telnet = b"\r\n" in text or b"\r\0" in text
-        if not self._asked and (IAC in data or ends_like_telnet and not self._text.isascii()):
+        if not self._asked and (IAC in data or (ends_like_telnet and not self._text.isascii())):
             self._asked = True
             self.replies += ASK_FOR_BINARY
         self.replies += replies
         if self._asked and text.count(b"\n") > text.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
-    def peek(self, data: bytes) -> None:
-        text, self._peek_incomplete, replies = split_commands(self._peek_incomplete + data)
-        if CTRL_C in text and not self.interrupted:
-            self.interrupted = True
+    def has_interrupt(self, unfed: bytes) -> bool:
+        if not self._scanned:
+            self._scan_incomplete = self._incomplete  # begin where `feed` has stopped
+        data = self._scan_incomplete + unfed[self._scanned :]
+        text, self._scan_incomplete, replies = split_commands(data)
+        self._scanned = len(unfed)
+        if CTRL_C in text:
             # Without an answer to its TIMING-MARK, telnet shows nothing more (RFC 860).
             self.replies += replies
-
-    def interrupt(self) -> None:
-        self._text, self._taken = CTRL_C, 0
+        return CTRL_C in text or CTRL_C in self._text
 
     def next(self) -> Message | None:
         start, end = self._taken, self._text.find(b"\n", self._taken)
@@ -548,15 +551,17 @@ LOCALHOST = "localhost"
 
 
 class Host(NamedTuple):
-    """Where somebody connects from.
+    """Where somebody connects from: an address, and its network.
 
-    A source, an address or an IPv6 /64, is counted and banned as one.  They are from it if
-    `source in host`.  Hosts are ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), or
-    LOCALHOST twice.
+    A source is one of the two: what is counted and banned as one.  Hosts are for example
+    ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64") and (LOCALHOST, LOCALHOST).
     """
 
     address: str
     network: str  # the address's IPv6 /64; the address itself, if it has none
+
+    def is_from(self, source: str) -> bool:
+        return source in (self.address, self.network)
 
 
 @functools.lru_cache
@@ -578,10 +583,12 @@ class Clock:
 
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
         self.read = read  # in seconds, from any start
+        self.now = read()
         self.advance()
 
     def advance(self) -> None:
-        self.now = self.read()
+        before, self.now = self.now, self.read()
+        self.elapsed = self.now - before
         self.wall_time = int(time.time())  # seconds since the epoch
 
 
@@ -609,34 +616,50 @@ class Quota:
 
     @property
     def free(self) -> int:
-        """Free places; below 0 if too many are taken, and never above 0 without a limit."""
-        return self.limit - self.connections + len(self.departing)
+        """Free places; below 0 if too many are taken, and 0 where there is no limit."""
+        return self.limit and self.limit - self.connections + len(self.departing)
 
 
-# State          What happens                           Next state
-# AWAITING_NAME  a valid name that is free              CHATTING; the others are told
-#                an invalid or taken one                the same; after NAME_TRIES CLOSING
-#                rejected, HTTP, a line too long,       CLOSING
-#                no name in time
-# CHATTING       kicked                                 CLOSING; the others are told
-# either         /quit, Ctrl-C, Ctrl-D, EOF             CLOSING; if CHATTING, the others are told
-#                too far behind, an error, lost for     the same, and the connection is dropped
-#                too long, or too many are departing
-#                shutdown                               CLOSING
-# CLOSING        all is sent, and the peer has closed   forgotten
-#                time is up, or too many are departing  the connection is dropped
+# State          What happens                             Next state
+# CONNECTING     a browser opens a WebSocket; telnet at   AWAITING_NAME; they are greeted, and
+#                once                                     asked for a name
+#                any other request, or none in time       CLOSING
+# AWAITING_NAME  a valid name that is free                CHATTING; the others are told
+#                an invalid or taken one                  AWAITING_NAME; after NAME_TRIES CLOSING
+#                a line that is too long, HTTP, or no     CLOSING
+#                name in time
+# CHATTING       kicked                                   CLOSING; the others are told
+# these three    /quit, or DISCONNECT                     CLOSING; if CHATTING, the others are told
+#                shutdown, rejected                       CLOSING
+#                too far behind, an error, or lost for    CLOSING; if CHATTING, the others are told,
+#                too long                                 and the connection is dropped
+# CLOSING        all is sent, and the peer has closed     forgotten
+#                an error, or time is up                  forgotten, and the connection is dropped
+# Departing connections, when there are too many of them, are forgotten in any state.
 #
-# Only Chat._join and Chat.disconnect change the state.  Besides, a person may be
-#   not opened  (Protocol.opened) a browser that has not opened a WebSocket yet
-#   rejected    (Limiter.add, Chat._reject) they may not join: they are told why, and disconnected
-#   lost        (Reactor._lose) nothing can be sent any more; what they sent is still processed
-# and their connection at `eof` (Reactor._read): nothing more can be read.
+# Besides, in any state a person may be
+#   rejected  (Limiter.add, Chat._reject) they are told why, and disconnected
+#   lost      (Reactor._stop_sending) nothing can be sent; what they sent is processed, a name, too
+#   at EOF    (Reactor._read) nothing more can be read
+# The rejected, the lost and the CLOSING are departing: they take no place (see Quota).
 class State(Enum):
-    AWAITING_NAME, CHATTING, CLOSING = range(3)
+    CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
 
 
-AWAITING_NAME, CHATTING, CLOSING = State
+CONNECTING, AWAITING_NAME, CHATTING, CLOSING = State
+NEXT_STATES = {
+    CONNECTING: (AWAITING_NAME, CLOSING),
+    AWAITING_NAME: (CHATTING, CLOSING),
+    CHATTING: (CLOSING,),
+    CLOSING: (),
+}
 NEVER = float("inf")
+STATE_SECONDS = {
+    CONNECTING: HEAD_SECONDS,
+    AWAITING_NAME: NAME_SECONDS,
+    CHATTING: NEVER,
+    CLOSING: CLOSING_SECONDS,
+}
 
 
 class Person:
@@ -651,33 +674,33 @@ class Person:
         self.peer = peer  # where they connected from, for our own log
         self.protocol = log.protocol_class()
         self.outbox = Outbox(log)
-        self.state = AWAITING_NAME
-        self.timer_start = now  # when they connected, were lost or began to close
-        self.rejected = ""  # the reason why they may not join
-        self.lost = ""  # why nothing can be sent any more
+        self.state = CONNECTING
+        self.state_since = now
+        self.reject_code = ""  # the code of the reason why they may not join
+        self.lost_why = ""  # the reason why nothing can be sent any more
+        self.lost_at = NEVER
         self.name = ""
         self.prompts = 0  # for a name, so far
         self.operator = False
         self.virtual_time = 0.0  # fair queueing: the lowest is served first; tokens raise it
 
+    def enter(self, state: State, now: float) -> None:
+        """Change the state."""
+        assert state in NEXT_STATES[self.state], (self.state, state)
+        self.state, self.state_since = state, now
+
     @property
     def deadline(self) -> float:
         """When this state ends at the latest."""
-        if self.state is CLOSING:
-            return self.timer_start + CLOSING_SECONDS
-        if self.lost:
-            return self.timer_start + LOST_SECONDS
-        if self.state is CHATTING:
-            return NEVER
-        return self.timer_start + (NAME_SECONDS if self.protocol.opened else HEAD_SECONDS)
+        return min(self.state_since + STATE_SECONDS[self.state], self.lost_at + LOST_SECONDS)
 
     @property
     def is_departing(self) -> bool:
-        """Whether they take no place any more (see Quota)."""
-        return self.state is CLOSING or bool(self.rejected or self.lost)
+        """Whether they are about to go, and take no place any more."""
+        return self.state is CLOSING or bool(self.reject_code or self.lost_why)
 
     @property
-    def all_sent(self) -> bool:
+    def is_done(self) -> bool:
         """Whether they are CLOSING, and nothing is pending."""
         return self.state is CLOSING and not self.outbox.has_pending
 
@@ -703,12 +726,12 @@ class Limiter:
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
             quota.connections += 1
-            if quota.limit and quota.free < 0:
-                person.rejected = code
+            if quota.free < 0:
+                person.reject_code = code
         if person.is_departing:
             self.mark_departing(person)
-        if self.settings.rate:
-            self._move_back(person, JOIN_TOKENS)  # else reconnecting would put them first
+        if self.settings.rate:  # whoever reconnects must not be served before the others
+            self._move_back(person, JOIN_TOKENS)
 
     def source_of(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
@@ -738,13 +761,14 @@ class Limiter:
         return self.quotas[source]
 
     def to_evict(self, person: Person) -> Any:
-        """The one to close if too many are departing, in all or from this address; or None."""
+        """A departing connection to close, if there are too many like this one; else None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > max(quota.spare, quota.free):
-                # What the lost sent is still to be said: they go last, who has used most first.
+                # First those who are done, and last the lost: what they sent is still to be said.
+                # Among equals, the one who has used most.
                 return max(
                     quota.departing,
-                    key=lambda one: (one.all_sent, one.state is CLOSING, one.virtual_time),
+                    key=lambda one: (one.is_done, one.state is CLOSING, one.virtual_time),
                 )
         return None
 
@@ -794,13 +818,13 @@ class History:
 
     def forget(self, source: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        kept = [line for line in self._lines if source not in line[1]]
+        kept = [(event, host) for event, host in self._lines if not host.is_from(source)]
         self._lines = deque(kept, self._lines.maxlen)
         self._encoded.clear()
 
-    def encode(self, protocol: type[Protocol]) -> bytes:
+    def encode(self, protocol_class: type[Protocol]) -> bytes:
         """The last lines, of HISTORY_SIZE together at most."""
-        if protocol not in self._encoded:
+        if protocol_class not in self._encoded:
             events: deque[Event] = deque()
             size = 0
             for event, _ in reversed(self._lines):
@@ -808,8 +832,9 @@ class History:
                 if size > HISTORY_SIZE:
                     break
                 events.appendleft(event)
-            self._encoded[protocol] = protocol.encode({"type": "history", "events": [*events]})
-        return self._encoded[protocol]
+            shown = {"type": "history", "events": [*events]}
+            self._encoded[protocol_class] = protocol_class.encode(shown)
+        return self._encoded[protocol_class]
 
 
 class CommandError(Exception):
@@ -888,11 +913,11 @@ def command(
 class Chat:
     """The room: the people in it, what they say, and who is shown what."""
 
-    def __init__(self, protocols: Iterable[type[Protocol]], limiter: Limiter) -> None:
+    def __init__(self, protocol_classes: Iterable[type[Protocol]], limiter: Limiter) -> None:
         self.limiter = limiter
         self.settings, self.clock = limiter.settings, limiter.clock
         self.room = os.urandom(8).hex()  # tells this run of the server from others
-        self.logs = {protocol: Log(protocol) for protocol in protocols}
+        self.logs = {each: Log(each) for each in protocol_classes}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         self.to_reconcile: dict[Any, None] = {}  # the people for whom something has changed
@@ -908,7 +933,7 @@ class Chat:
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
-                self.disconnect(person, why=person.lost or "the connection ended")
+                self.disconnect(person, why=person.lost_why or "the connection ended")
             elif message is CONNECTED:
                 self.greet(person)
             elif person.state is CHATTING:
@@ -928,9 +953,11 @@ class Chat:
                 self._ask_for_name(person)
 
     def _take_line(self, person: Person, line: str) -> None:
-        if password := PASSWORD_LINE.match(line):  # run it, so that the password is never said
-            line = f"/op{password[1]}"
-        if line.lstrip()[:1] == "/":
+        if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
+            line = f"/op {match[1]}"
+        if line.lstrip()[:2] == "//":  # not //op, see PASSWORD_LINE
+            self.publish("said", person, text=line.lstrip()[1:])
+        elif line.lstrip()[:1] == "/":
             self._run_command(person, line)
         elif line.strip():
             self.publish("said", person, text=line)
@@ -938,28 +965,31 @@ class Chat:
                 self.send(person, "notice", text="/help shows what you can type.")
 
     # Showing events
-    def publish(self, kind: str, person: Person, **fields: Any) -> None:
-        """Show everyone in the room an event, except talk to those who ignore the speaker."""
+    def publish(self, event_type: str, person: Person, **fields: Any) -> None:
+        """Show everyone in the room an event.
+
+        Not talk to those who ignore the speaker, nor to speakers who see what they type (ECHO).
+        """
         self._last_id += 1
-        event = {"type": kind, "id": self._last_id, "at": self.clock.wall_time, "name": person.name}
-        event.update(fields)
+        event = {"type": event_type, "id": self._last_id, "at": self.clock.wall_time}
+        event.update(name=person.name, **fields)
         for log in self.logs.values():
             if log.readers:
                 data = log.protocol_class.encode(event)
                 log.append(data)
                 self.new_bytes += len(data)
-        if kind in ("said", "did"):
-            if self.settings.history:
-                self.history.append(event, person.host)
+        if event_type in ("said", "did"):
+            self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for ignorer in self._ignorers.get(person, ()):
                 ignorer.outbox.exclude_newest()
 
-    def send(self, person: Person, kind: str, **fields: Any) -> None:
-        self.send_raw(person, person.protocol.encode({"type": kind, **fields}))
+    def send(self, person: Person, event_type: str, **fields: Any) -> None:
+        self.send_raw(person, person.protocol.encode({"type": event_type, **fields}))
 
     def send_raw(self, person: Person, data: bytes) -> None:
+        """Send what is encoded already, or b"" if only something else has changed."""
         person.outbox.insert(data)
         self.new_bytes += len(data)
         self.to_reconcile[person] = None
@@ -973,6 +1003,7 @@ class Chat:
             self.limiter.remove(person)
             self.limiter.add(person, address)
         if not self._reject(person):
+            person.enter(AWAITING_NAME, self.clock.now)
             self.send(
                 person,
                 "greeting",
@@ -995,12 +1026,12 @@ class Chat:
         """Disconnect a caller if they may not join; returns whether it did."""
         minutes = self.limiter.banned_minutes(*person.host)
         if minutes:
-            person.rejected = "banned"
+            person.reject_code = "banned"
         elif 0 < self.settings.max_people <= len(self.people):
-            person.rejected = "full"
-        if person.rejected:
-            self.disconnect(person, person.rejected, minutes=minutes)
-        return bool(person.rejected)
+            person.reject_code = "full"
+        if person.reject_code:
+            self.disconnect(person, person.reject_code, minutes=minutes)
+        return bool(person.reject_code)
 
     def _join(self, person: Person, text: str) -> None:
         """Let a caller in by the name that they typed; raises CommandError."""
@@ -1009,7 +1040,7 @@ class Chat:
         person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
         self.publish("joined", person)  # before they read the log
-        person.state = CHATTING
+        person.enter(CHATTING, self.clock.now)
         self.people[name_key(name)] = person
         person.outbox.log.readers[person] = None
         person.outbox.join()
@@ -1032,17 +1063,15 @@ class Chat:
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
             self.publish("kicked" if code == "kicked" else "quit", person, **fields)
-            text = "%s left: %s (%s, %d here)"
-            logger.info(text, person.name, why or code, person.peer, len(self.people))
+            here = len(self.people)
+            logger.info("%s left: %s (%s, %d here)", person.name, why or code, person.peer, here)
         else:
             logger.debug("%s left before joining: %s", person.peer, why or code)
-        person.state = CLOSING
-        person.timer_start = self.clock.now
+        person.enter(CLOSING, self.clock.now)
         self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
         self.send_raw(person, person.protocol.close(code))
-        self.to_reconcile[person] = None
 
     def shut_down(self, everyone: Iterable[Person]) -> None:
         """Disconnect everyone; nobody reads that the others left."""
@@ -1071,9 +1100,10 @@ class Chat:
         key, oldest = name_key(name), self.clock.now - FORMER_NAME_SECONDS
         if key in self.people:
             return self.people[key]
-        for given_up, old_key, person in reversed(self._former_names) if former else ():
-            if old_key == key and given_up > oldest:
-                return person
+        if former:
+            for given_up, old_key, person in reversed(self._former_names):
+                if old_key == key and given_up > oldest:
+                    return person
         raise CommandError(f"Nobody here is called {name}.")
 
     def _host_of(self, target: str) -> Host:
@@ -1087,8 +1117,6 @@ class Chat:
     def _run_command(self, person: Person, line: str) -> None:
         words = line.split(None, 1)
         name, rest = words[0].lower(), "".join(words[1:])
-        if name[:2] == "//":  # //x says /x, but //op is /op: see PASSWORD_LINE
-            name, rest = "//", line.lstrip()[1:]
         found = COMMANDS.get(name)
         if not found or (found.operators and not person.operator):
             raise CommandError(f"Unknown command {name}; try /help.", "unknown_command")
@@ -1103,6 +1131,7 @@ class Chat:
         commands = dict.fromkeys(COMMANDS.values())  # aliases left out
         may_run = [each for each in commands if person.operator or not each.operators]
         rows = [[each.usage, each.text] for each in may_run if each.text]
+        rows.append(["//TEXT", "say a line that starts with a slash"])  # see _take_line
         self.send(person, "help", commands=rows)
 
     @command("/who", "show who is here", "/names", "/list")
@@ -1159,10 +1188,6 @@ class Chat:
     def _quit(self, person: Person) -> None:
         self.disconnect(person, why="quit")
 
-    @command("// TEXT", "say a line that starts with a slash", says=True)
-    def _say_slash(self, person: Person, text: str) -> None:
-        self.publish("said", person, text=text)
-
     @command("/op PASSWORD", "")
     def _op(self, person: Person, password: str) -> None:
         if not self.settings.password:
@@ -1194,7 +1219,7 @@ class Chat:
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= LONGEST_BAN:
             raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
-        if source == LOCALHOST or source in person.host:
+        if source == LOCALHOST or person.host.is_from(source):
             raise CommandError("Neither localhost nor your own address can be banned; use /kick.")
         if source not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
@@ -1204,7 +1229,7 @@ class Chat:
         with suppress(CommandError):  # nobody to kick: it is an address, or they have left
             self._kick(person, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", person.name, source, minutes)
-        here = sum(source in other.host for other in self.people.values())
+        here = sum(other.host.is_from(source) for other in self.people.values())
         text = f"{source} is banned for {minutes} min; still here from there: {here}."
         self.send(person, "notice", text=text)
 
@@ -1219,7 +1244,8 @@ class Chat:
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, target: str) -> None:
-        ended = [source for source in self._host_of(target) if self.limiter.bans.pop(source, None)]
+        sources = dict.fromkeys(self._host_of(target))  # once, where both are the same
+        ended = [source for source in sources if self.limiter.bans.pop(source, None)]
         if not ended:
             raise CommandError(f"{target} is not banned.")
         for source in ended:
@@ -1257,17 +1283,22 @@ class Connection(Person):
         super().__init__(peer, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
+        self.unscanned = False  # something was read since the last scan for Ctrl-C
         self.eof = False  # the end of the stream was read
         self.mask = 0  # of the events that the selector is asked for
-        self.silent = 0  # ticks since they sent anything, while nothing was pending
+        self.silent_ticks = 0  # since they sent anything, while nothing was pending
 
 
 class Reactor:
     """The event loop.
 
     `_reconcile` does what follows from a connection's state; `_guard` confines an error to one.
-    `Chat.disconnect` ends a connection politely, `_drop` at once; after `_lose` nothing is sent.
-    All end in `_close`.
+    How connections end:
+
+        Chat.disconnect  CLOSING; what is pending is sent, and nothing more is processed
+        _stop_sending    lost; what was read is processed up to EOF, then Chat.disconnect
+        _abort           Chat.disconnect, and _close with a reset
+        _close           forgotten: all end here, those that are done when the peer has closed
     """
 
     def __init__(
@@ -1287,7 +1318,7 @@ class Reactor:
         self.blocked: dict[Connection, None] = {}  # those whose socket is full
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
         self.paused = False  # somebody is lagging: no input is processed
-        self.tick_at = self.clock.now  # the first tick registers the listeners
+        self.tick_at = self.clock.now
         self.ends_at = NEVER  # when a stopped server ends, at the latest
 
     def run(self) -> bool:
@@ -1321,7 +1352,7 @@ class Reactor:
     def run_once(self) -> None:
         """One iteration; waits for something to do."""
         ready = self.selector.select(self._timeout())
-        self._advance_clock()
+        self.clock.advance()
         for key, mask in ready:
             if isinstance(key.data, Connection):
                 self._on_io(key.data, mask)
@@ -1331,8 +1362,8 @@ class Reactor:
         for log in self.chat.logs.values():
             self._broadcast(log)
         self.chat.new_bytes = 0
-        changed, self.chat.to_reconcile = self.chat.to_reconcile, {}
-        for conn in changed:
+        to_reconcile, self.chat.to_reconcile = self.chat.to_reconcile, {}
+        for conn in to_reconcile:
             self._guard(self._reconcile, conn)
         if self.clock.now >= self.tick_at:
             self._tick()
@@ -1352,13 +1383,6 @@ class Reactor:
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
 
-    def _advance_clock(self) -> None:
-        """The stall budget runs down while the room is paused, and recovers while it is not."""
-        before = self.clock.now
-        self.clock.advance()
-        change = (self.clock.now - before) * (-1 if self.paused else STALL_RECOVERY)
-        self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
-
     def _on_io(self, conn: Connection, mask: int) -> None:
         """Read, or try to send again."""
         self.chat.to_reconcile[conn] = None
@@ -1373,12 +1397,14 @@ class Reactor:
         for conn in sorted(self.with_input, key=lambda conn: conn.virtual_time):
             if self.clock.read() > until:
                 return
-            if self._ready_at(conn) <= self.clock.now or conn.protocol.interrupted:
+            if self._ready_at(conn) <= self.clock.now:
                 self._guard(self._process_input, conn)
+            if conn.unscanned and self._ready_at(conn) > self.clock.now:
+                self._guard(self._scan, conn)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
-        offered, end, changed = log.offered, log.end, self.chat.to_reconcile
+        offered, end, to_reconcile = log.offered, log.end, self.chat.to_reconcile
         size = end - offered
         if not size:
             return
@@ -1395,25 +1421,28 @@ class Reactor:
                         outbox.cursor = end
                         continue
                     outbox.cursor += sent
-                changed[conn] = None
+                to_reconcile[conn] = None
         log.offered = end
 
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
+        # The budget runs down while the room is paused, and recovers while it is not.
+        change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
+        self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
         for conn in self._lagging():
             # Try to send: the selector reports space only when a lot is free.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
             for conn in self._lagging():
-                self._drop(conn, "too far behind")
+                self._abort(conn, "too far behind")
         self.paused = bool(self._lagging())
 
     def _lagging(self) -> list[Connection]:
         return [conn for conn in self.blocked if conn.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
-        """Once a second: retry what failed, and check everyone."""
+        """Once a second: register listeners, now or again, and check everyone."""
         self.tick_at = self.clock.now + TICK_SECONDS
         for listener in self.listeners:
             if listener not in self.selector.get_map():
@@ -1429,15 +1458,15 @@ class Reactor:
         """End what takes too long, and ping a WebSocket that is silent."""
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.clock.now >= conn.deadline:
-            if conn.state is CLOSING or conn.lost:
-                self._drop(conn, "lost")
+            if conn.state is CLOSING or conn.lost_why:
+                self._abort(conn, "lost")
             else:
                 self.chat.disconnect(conn, "timeout")
         elif ping and not conn.outbox.has_pending and conn not in self.with_input:
-            conn.silent += 1
-            if conn.silent >= SILENT_TICKS:
-                self._lose(conn, "it answers no ping")
-            elif conn.silent % PING_TICKS == 0:
+            conn.silent_ticks += 1
+            if conn.silent_ticks >= SILENT_TICKS:
+                self._stop_sending(conn, "it answers no ping")
+            elif conn.silent_ticks % PING_TICKS == 0:
                 self.chat.send_raw(conn, ping)
 
     # Callers
@@ -1481,10 +1510,10 @@ class Reactor:
     def _evict(self, conn: Connection) -> None:
         """Close departing connections, while too many are like this one."""
         while other := self.limiter.to_evict(conn):
-            if other.all_sent:
+            if other.is_done:
                 self._close(other)
             else:
-                self._drop(other, "too many connections")
+                self._abort(other, "too many connections")
 
     # One connection
     def _guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
@@ -1499,7 +1528,7 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", conn.peer)
             why = "an internal error"
-        self._drop(conn, why)  # not in `except`: the traceback would keep a view of the log
+        self._abort(conn, why)  # not in `except`: the traceback would keep a view of the log
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
@@ -1515,13 +1544,14 @@ class Reactor:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(conn, error.strerror)  # what they sent before is still said
+            self._stop_sending(conn, error.strerror)  # what they sent before is still said
             data = b""
-        conn.silent = 0
-        conn.read_buffer += data
-        conn.protocol.peek(data)
+        conn.silent_ticks = 0
         conn.eof = not data
-        self.with_input[conn] = None
+        if conn.state is not CLOSING:
+            conn.read_buffer += data
+            conn.unscanned = True
+            self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
         """Handle messages; then feed the protocol once, and handle what comes of it."""
@@ -1540,22 +1570,27 @@ class Reactor:
 
     def _handle_messages(self, conn: Connection) -> bool:
         """Handle messages until there are none; False if the person has to wait, or has left."""
-        protocol = conn.protocol
-        while conn.state is not CLOSING:
-            if self._ready_at(conn) > self.clock.now:
-                if not protocol.interrupted:
-                    return False
-                protocol.interrupt()
-            message = protocol.next()
-            if protocol.replies:
-                self.chat.send_raw(conn, protocol.replies)
-                protocol.replies = b""
+        while conn.state is not CLOSING and self._ready_at(conn) <= self.clock.now:
+            message = conn.protocol.next()
+            self._send_replies(conn)
             if message is None:
                 return True
             self.chat.handle(conn, message)
             if message is CONNECTED:
-                self._evict(conn)  # a proxy may have given another address
+                self._evict(conn)  # `greet` may have counted them under another address
         return False
+
+    def _scan(self, conn: Connection) -> None:
+        """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
+        conn.unscanned = False
+        if conn.state is not CLOSING and conn.protocol.has_interrupt(conn.read_buffer):
+            self._send_replies(conn)
+            self.chat.handle(conn, DISCONNECT)
+
+    def _send_replies(self, conn: Connection) -> None:
+        if conn.protocol.replies:
+            self.chat.send_raw(conn, conn.protocol.replies)
+            conn.protocol.replies = b""
 
     def _reconcile(self, conn: Connection) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
@@ -1566,10 +1601,10 @@ class Reactor:
             self.blocked[conn] = None
         else:
             self.blocked.pop(conn, None)
-        if conn.state is CLOSING:
-            conn.read_buffer = b""  # read on, but drop it
+        if conn.state is CLOSING:  # reads go on, up to EOF
+            conn.read_buffer = b""
             self.with_input.pop(conn, None)
-        if conn.all_sent:
+        if conn.is_done:
             if conn.eof:
                 self._close(conn)
                 return
@@ -1584,17 +1619,20 @@ class Reactor:
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
             try:
+                # A splice may be empty; then there is nothing to send.
                 conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
             except OSError as error:
-                self._lose(conn, error.strerror)
+                self._stop_sending(conn, error.strerror)
 
-    def _lose(self, conn: Connection, why: str | None) -> None:
-        """Send nothing more: the peer has missed something.  What was read is still processed."""
-        if not conn.lost:
-            conn.lost = why or "lost"
-            conn.timer_start = self.clock.now
+    def _stop_sending(self, conn: Connection, why: str | None) -> None:
+        """Send nothing more: the peer has missed something.
+
+        What was read is still processed.  After the shutdown, recv() returns EOF.
+        """
+        if not conn.lost_why:
+            conn.lost_why, conn.lost_at = why or "lost", self.clock.now
             conn.outbox.close_writes()
             self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already
@@ -1608,7 +1646,7 @@ class Reactor:
             if mask:
                 self.selector.register(conn.sock, mask, conn)
 
-    def _drop(self, conn: Connection, why: str) -> None:
+    def _abort(self, conn: Connection, why: str) -> None:
         """End a connection at once; what is pending is lost."""
         if conn.state is not CLOSING:
             self.chat.disconnect(conn, why=why)
@@ -1642,7 +1680,7 @@ def whole_number(most: int, text: str) -> int:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; exits with status 2 if they are wrong."""
-    usual = Settings()
+    default = Settings()
     parser = argparse.ArgumentParser(
         description="A chat room for telnet and browsers.",
         epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
@@ -1652,16 +1690,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for flag, most, value, text in [
         ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
         ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
-        ("--rate", 1_000_000, usual.rate, "lines a second from one person; 0 is no limit"),
-        ("--max-people", 1_000_000, usual.max_people, "people in the room; 0 is no limit"),
-        ("--max-per-address", 1_000_000, usual.max_per_address, "from one address; 0 is no limit"),
-        ("--history", HISTORY_LINES, usual.history, f"lines for newcomers, up to {HISTORY_LINES}"),
+        ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
+        ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
+        ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
+        ("--history", HISTORY_LINES, default.history, "lines that newcomers are shown"),
     ]:
         number = functools.partial(whole_number, most)
         shown = text if value is None else f"{text} (default: %(default)s)"
         add(flag, metavar="N", type=number, default=value, help=shown)
     text = "what callers are shown first (default: %(default)s)"
-    add("--welcome", metavar="TEXT", default=usual.welcome, help=text)
+    add("--welcome", metavar="TEXT", default=default.welcome, help=text)
     add("--password-file", metavar="FILE", help="the operators' password is its first line")
     text = "trust X-Forwarded-For of browsers that call from localhost"
     add("--behind-proxy", action="store_true", help=text)
@@ -1795,17 +1833,18 @@ def stop_on_signals(reactor: Reactor) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Handler the server; returns the exit status."""
+    """Run the server; returns the exit status."""
     options = parse_options(arguments)
-    # What is no UTF-8 on the command line is there as surrogates, which can't be encoded.
+    # Arguments that are not UTF-8 arrive with surrogates, which can't be encoded again.
     options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
     limit = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
     if limit < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
-    given = {name: value for name, value in vars(options).items() if name in Settings._fields}
-    settings = Settings(**given, password=password, max_connections=limit)
+    # Most options are settings of the same name.
+    chosen = {name: value for name, value in vars(options).items() if name in Settings._fields}
+    settings = Settings(**chosen, password=password, max_connections=limit)
     listeners: dict[socket.socket, type[Protocol]] = {}
     listeners[open_listener(options.host, options.port)] = Telnet
     if not options.no_web:
@@ -1814,8 +1853,10 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [listener.getsockname()[1] for listener in listeners]
-    text = "BATCHAT %s, process %d, ports %s, %d connections at most; %s"
-    logger.info(text, __version__, os.getpid(), ports, limit, vars(options))
+    logger.info(
+        "BATCHAT %s, process %d, ports %s, %d connections at most; %s",
+        *(__version__, os.getpid(), ports, limit, vars(options)),
+    )
     announce(options.host, ports)
     ok = reactor.run()
     logger.info("stopped")
@@ -1951,7 +1992,7 @@ class Web(Protocol):
         self.opened, self._data = True, after
         return CONNECTED
 
-    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Signal:
+    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Control:
         """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
@@ -2342,8 +2383,8 @@ input.onpaste = event => {  // an input would join the lines into one
 };
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
-  const to = typedAt + { ArrowUp: -1, ArrowDown: 1 }[event.key];  // NaN for other keys
-  if (to in typed) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = typedAt + step;
+  if (step && to in typed) {
     event.preventDefault();
     typed[typedAt] = input.value;
     input.value = typed[typedAt = to];

@@ -9,6 +9,7 @@ import base64
 import errno
 import gc
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -197,7 +198,8 @@ class Guest(batchat.Person):
 
     def types(self, *lines: batchat.Message):
         for line in lines:
-            self.chat.handle(self, line)
+            if self.state is not CLOSING:
+                self.chat.handle(self, line)
 
     def read(self) -> str:
         """What was shown since the last look; on the WebSocket, one line for each event."""
@@ -253,7 +255,7 @@ HELP = """
 * /nick NAME            change your name
 * /ignore NAME          hide what somebody says, or show it again
 * /quit                 leave the chat
-* // TEXT               say a line that starts with a slash
+* //TEXT                say a line that starts with a slash
 """[1:]
 
 
@@ -720,7 +722,7 @@ class Peer:
 
     @property
     def departs(self) -> bool:
-        return self.stage == "closing" or self.connection.rejected != "" or self.sock.error_seen
+        return self.stage == "closing" or self.connection.reject_code != "" or self.sock.error_seen
 
     @property
     def may_be_dropped(self) -> dict[str, bool]:
@@ -984,7 +986,7 @@ class WatchedChat(Chat):
 
     def disconnect(self, person, code="", why="", **fields: str):
         peer, reason = person.sock.peer, why or code
-        assert peer.may_be_dropped.get(reason, self.speaker or person.rejected), reason
+        assert peer.may_be_dropped.get(reason, self.speaker or person.reject_code), reason
         self.world.reached[reason] += 1
         peer.why, peer.stage = reason, "closing"
         super().disconnect(person, code, why, **fields)
@@ -1360,7 +1362,7 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
                 sent = bytes(unsent)[: data[0] % 10 if data else None]
             got[n] += sent
             outbox.advance(len(sent))
-        elif kind == "join" and outbox.cursor == batchat.FOREVER and not outbox.write_closed:
+        elif kind == "join" and outbox.cursor == batchat.UNREACHABLE and not outbox.write_closed:
             inside.add(n)
             outbox.join()
         elif kind in ("leave", "lose") and n in inside:
@@ -1825,7 +1827,7 @@ def test_readme_and_help_name_every_option():
 def test_readme_names_commands_and_what_they_show():
     named = {"//" if name[:2] == "//" else name for name in NAMED if name[0] == "/"}
     usages = {each.usage.split()[0] for each in batchat.COMMANDS.values()}
-    assert usages - {"/op"} <= named <= {*batchat.COMMANDS}
+    assert usages - {"/op"} <= named - {"//"} <= {*batchat.COMMANDS}
     examples = [(line, shown) for line, text in ROWS for shown in CODE.findall(text)]
     examples = [each for each in examples if re.match(r"(<|\[|\*+ )mike", each[1])]
     assert len(examples) >= 3  # said, did, and whispered
@@ -1987,7 +1989,14 @@ def test_help_for_operators_names_every_command(ann):
     rows = re.findall(r"\* (.*?)  +(.*)\n", ann.read())
     commands = {each.usage: each.text for each in batchat.COMMANDS.values()}
     assert commands.pop("/op PASSWORD") == ""
-    assert rows == [*commands.items()]
+    assert rows == [*commands.items(), ("//TEXT", "say a line that starts with a slash")]
+
+
+def test_usage_of_a_command_fits_its_method():
+    for each in batchat.COMMANDS.values():
+        _, *parameters = each.usage.split()
+        _, _, *taken = inspect.signature(each.run).parameters.values()
+        assert [x[0] == "[" for x in parameters] == [x.default is not x.empty for x in taken]
 
 
 @cases("line", "\ufeff/op sesame", "/op sesame", " /op sesame", "/OP sesame", "\t/Op  sesame ")
@@ -2226,11 +2235,12 @@ def test_who_shows_operators_each_address(kept, ann):
         each.expect(f"* 2 here: {text}\n")
 
 
-def test_wrong_password_costs_50_lines(kept):
-    mike = kept.join("mike", "203.0.113.5")
+@cases("line, cost", ("mike", 5), ("hi", 1), ("/nick mick", 25), ("/op wrong", 50))
+def test_some_lines_cost_more(kept, line, cost):
+    mike = kept.caller(*["mike"] * (cost != 5), host="203.0.113.5")
     before = mike.bucket.ready_at
-    mike.types("/op wrong")
-    assert mike.bucket.ready_at - max(before, -5) == pytest.approx(5.0, abs=0.01)
+    mike.types(line)
+    assert mike.bucket.ready_at - max(before, -5) == pytest.approx(cost / 10, abs=0.01)
 
 
 def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
@@ -2517,6 +2527,21 @@ def test_lost_people_outlast_those_rejected(worlds):
         world.wait(0.001)
     world.wait(10.0)
     assert ann.read().count("<mike> hi") == 60
+
+
+def test_those_owed_a_goodbye_outlast_others(worlds):
+    world = worlds(rate=10, max_connections=2)
+    (ann,), (mike,) = rested(world, "ann"), rested(world, "mike", host="203.0.113.5")
+    mike.accepts(0)
+    ann.types("hello")
+    mike.types(*["hi"] * 30, "/quit")
+    world.wait(0.01)
+    for _ in range(40):
+        world.calls()
+        world.wait(0.001)
+    mike.accepts(UNLIMITED)
+    world.wait(0.1)
+    mike.expect("<ann> hello\n")
 
 
 def test_reconnecting_refills_no_bucket(paced):
@@ -2909,17 +2934,28 @@ def test_ctrl_c_drops_what_waits_and_leaves(paced, reads, lines, seconds):
 @given(st.text(ALPHABETS), PLACES)
 def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
     text += "\u30c3\U0001f3c3"
-    protocol = Telnet()
+    protocol, ahead = Telnet(), b""
     for read in cut(typed_in_telnet(f"{text}\n"), places):
-        protocol.peek(read)
-        protocol.feed(read)
+        ahead += read
+        assert not protocol.has_interrupt(ahead)
+        half = len(ahead) // 2
+        if half:
+            protocol.feed(ahead[:half])
+        ahead = ahead[half:]
+    protocol.feed(ahead)
     assert protocol.next() == clean(text)
-    assert not protocol.interrupted
-    protocol.peek(b"\xff\xf4")
-    assert protocol.interrupted
+    protocol.feed(b"\xff\xf4")
+    assert protocol.has_interrupt(b"")
 
 
-def test_each_byte_is_peeked_at_once(paced, monkeypatch):
+def test_scan_for_ctrl_c_goes_on_where_feed_stopped():
+    protocol = Telnet()
+    protocol.feed(b"\xe3\x83")
+    assert not protocol.has_interrupt(b"\xff\xf4")  # the rest of a letter
+    assert protocol.has_interrupt(b"\xff\xf4\xff\xf4")
+
+
+def test_each_byte_is_scanned_once_for_ctrl_c(paced, monkeypatch):
     mike, sizes, split = paced.joins("mike"), [], batchat.split_commands
     mike.types(*["hi"] * 60)
     paced.wait(0.1)
@@ -3260,7 +3296,10 @@ def seconds_of(kind: str, data: bytes) -> float:
     room = Room(rate=0)
     guest = batchat.Person("", room.chat.logs[Telnet if kind == "telnet" else Web], 0.0)
     room.limiter.add(guest, "127.0.0.1")
+    if kind == "telnet":
+        room.chat.greet(guest)
     before = time.process_time()
+    guest.protocol.has_interrupt(STARTS[kind] + data)
     guest.protocol.feed(STARTS[kind] + data)
     while guest.state is not CLOSING and (message := guest.protocol.next()) is not None:
         room.chat.handle(guest, message)
@@ -3946,7 +3985,7 @@ def test_page_loses_nothing_when_cut_off(mike, history):
         shown = mike.lines()
         relay.to_page.clear()
         mike.enters("//heard ", "/me nods")
-        heard = ["<mike> /heard", "** mike nods"]
+        heard = ["<mike> /heard ", "** mike nods"]
         ann.expect("\n".join([*heard, ""]))
         relay.to_server.clear()
         mike.enters("not heard")
