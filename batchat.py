@@ -620,22 +620,21 @@ class Quota:
         return self.limit and self.limit - self.connections + len(self.departing)
 
 
-# State          What happens                             Next state
-# CONNECTING     a browser opens a WebSocket; telnet at   AWAITING_NAME; they are greeted, and
-#                once                                     asked for a name
-#                any other request, or none in time       CLOSING
-# AWAITING_NAME  a valid name that is free                CHATTING; the others are told
-#                an invalid or taken one                  AWAITING_NAME; after NAME_TRIES CLOSING
-#                a line that is too long, HTTP, or no     CLOSING
-#                name in time
-# CHATTING       kicked                                   CLOSING; the others are told
-# these three    /quit, or DISCONNECT                     CLOSING; if CHATTING, the others are told
-#                shutdown, rejected                       CLOSING
-#                too far behind, an error, or lost for    CLOSING; if CHATTING, the others are told,
-#                too long                                 and the connection is dropped
-# CLOSING        all is sent, and the peer has closed     forgotten
-#                an error, or time is up                  forgotten, and the connection is dropped
-# Departing connections, when there are too many of them, are forgotten in any state.
+# State          What happens                            Next state
+# CONNECTING     telnet: nothing more is needed          AWAITING_NAME, with a greeting
+#                browser: it asks for a WebSocket        AWAITING_NAME, with a greeting
+#                browser: something else, or no request  CLOSING
+# AWAITING_NAME  a valid name that is free               CHATTING; the others are told
+#                an invalid or taken one                 AWAITING_NAME; after NAME_TRIES CLOSING
+#                a line too long, HTTP, no name in time  CLOSING
+# CHATTING       kicked                                  CLOSING; the others are told
+# any of these   /quit, DISCONNECT                       CLOSING; if CHATTING, the others are told
+#                rejected, shutdown                      CLOSING
+#                too far behind, an error, lost for too  CLOSING, and dropped at once; if CHATTING,
+#                long                                    the others are told
+# CLOSING        all is sent, and the peer has closed    forgotten
+#                an error, no end in time                dropped
+# any state      departing, where too many are           dropped
 #
 # Besides, in any state a person may be
 #   rejected  (Limiter.add, Chat._reject) they are told why, and disconnected
@@ -752,7 +751,7 @@ class Limiter:
         """The quota with this source; a new one if it is not known."""
         if source not in self.quotas:
             if len(self.quotas) >= ADDRESSES_LIMIT:
-                idle = (old for old, each in self.quotas.items() if not each.connections)
+                idle = (key for key, quota in self.quotas.items() if not quota.connections)
                 self.quotas.pop(next(idle, ""), None)
             limit, rate = self.settings.max_per_address, self.settings.rate * ADDRESS_FACTOR
             if source == LOCALHOST:
@@ -929,7 +928,7 @@ class Chat:
 
     # The state machine
     def handle(self, person: Person, message: Message) -> None:
-        """Do what a line or signal means in this state; see the table above."""
+        """Do what a line or Control means in this state: see State."""
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
@@ -955,11 +954,12 @@ class Chat:
     def _take_line(self, person: Person, line: str) -> None:
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op {match[1]}"
-        if line.lstrip()[:2] == "//":  # not //op, see PASSWORD_LINE
+        start = line.lstrip()[:2]
+        if start == "//":  # but //op is /op
             self.publish("said", person, text=line.lstrip()[1:])
-        elif line.lstrip()[:1] == "/":
+        elif start[:1] == "/":
             self._run_command(person, line)
-        elif line.strip():
+        elif start:
             self.publish("said", person, text=line)
             if line in ("help", "?"):
                 self.send(person, "notice", text="/help shows what you can type.")

@@ -1135,6 +1135,11 @@ class World:
     def check_connection(self, peer: Peer, connection: batchat.Connection):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
         assert connection.is_departing == peer.departs
+        assert not connection.lost_why or connection.outbox.write_closed
+        log, reactor = connection.outbox.log, self.reactor
+        if connection not in reactor.chat.to_reconcile and log.offered == log.end:
+            assert connection.outbox.has_pending == (connection in reactor.blocked)
+            assert connection.state is not CLOSING or connection not in reactor.with_input
         late = self.now - self.late_by - connection.deadline
         assert late <= batchat.TICK_SECONDS + 0.1, "out of time"
         outbox = connection.outbox
@@ -2966,6 +2971,16 @@ def test_each_byte_is_scanned_once_for_ctrl_c(paced, monkeypatch):
         mike.type(b"x" * 100)
         paced.run_once()
     assert 10_000 <= sum(sizes) < 12_000
+
+
+def test_nothing_is_scanned_of_those_who_leave(paced, monkeypatch):
+    mike, split = paced.joins("mike"), mock.Mock()
+    mike.type(b"\x04")
+    paced.wait()
+    monkeypatch.setattr(batchat, "split_commands", split)
+    mike.type(b"\xff\xff" * 50_000)
+    paced.wait()
+    assert not (mike.arrived or split.called)
 
 
 @cases(
