@@ -39,7 +39,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from enum import Enum
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Final, Iterable, NamedTuple, TextIO, Union
+from typing import Any, Callable, Dict, Final, Iterable, Literal, NamedTuple, TextIO, Union
 
 __version__ = "1.1.0"
 
@@ -64,7 +64,8 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 (__) (__)(__)  (__)(__) (__)(__)(__)(_") ("_)(__)  (__)(__) (__)
 """[1:]
 
-# How each type of event reads on telnet.  The page uses these, too, except greeting and help.
+# How each type of event reads on telnet: all types are here.  The page uses these, too, except
+# greeting and help.
 TEMPLATES = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
@@ -84,6 +85,8 @@ TEMPLATES = {
     "error": "* {text}\n",
     "closing": "* {text}\n",
 }
+
+SPOKEN = ("said", "did")  # what is kept in the history, and hidden by /ignore
 
 # The text of "closing", by its code.
 CLOSING_TEXT = {
@@ -165,7 +168,7 @@ ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 OWN_DESCRIPTORS = 16  # log, signals and so on
 SPARE_CONNECTIONS = 16  # for departing people, where the server is full
 SPARE_PER_ADDRESS = 100  # the same, where too many are from one address
-PING_TICKS = 30  # of silence before each WebSocket ping
+PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not run does not count
 SILENT_TICKS = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
 
 # Tokens: an allowance of --rate a second.
@@ -180,23 +183,23 @@ RENAME_TOKENS = 25  # everyone has to learn the new name
 WRONG_PASSWORD_TOKENS = 50
 
 # History and bans
-HISTORY_LINES = 1000
+HISTORY_LIMIT = 1000  # lines
 HISTORY_SIZE = 64 << 10  # bytes of text
 BAN_MINUTES = 60  # if the operator gives none
-LONGEST_BAN = 525_600  # minutes
+BAN_MINUTES_LIMIT = 525_600  # minutes
 BANS_LIMIT = 1000
-ADDRESSES_LIMIT = 10_000  # remembered; more only while all are in use
-FORMER_NAMES = 10_000
+SOURCES_LIMIT = 10_000  # with a quota; more only while all are in use
+FORMER_NAMES_LIMIT = 10_000
 FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
 WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
 class Settings(NamedTuple):
-    """What the server runs with: options, and what follows from them.  0 is no limit."""
+    """What the server runs with: options, and what follows from them."""
 
-    rate: int = 10  # lines a second from one person
-    max_people: int = 0  # in the room
-    max_per_address: int = 100  # connections
+    rate: int = 10  # lines a second from one person; 0 is no limit
+    max_people: int = 0  # in the room; 0 is no limit
+    max_per_address: int = 100  # connections; 0 is no limit
     history: int = 0  # lines; 0 keeps none
     welcome: str = "Welcome to BATCHAT local reviews and chat!"
     password: str = ""  # of the operators; without one, there are none
@@ -222,7 +225,7 @@ class Log:
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest = 0  # offset of the last event
-        self.offered = 0  # offset up to which it was sent, except to those who are blocked
+        self.broadcast_end = 0  # offset up to which readers were sent it, if not blocked
 
     @property
     def end(self) -> int:
@@ -252,7 +255,7 @@ class Outbox:
         self.cursor = UNREACHABLE
         self.splices: list[tuple[int, bytes, int]] = []
         self.private_bytes = 0  # in all splices
-        self.write_closed = False  # nothing can be sent any more
+        self.closed = False  # nothing can be sent any more
 
     @property
     def lag(self) -> int:
@@ -265,7 +268,7 @@ class Outbox:
 
     def join(self) -> None:
         """Read the log from its end on; private bytes that are pending come first."""
-        if not self.write_closed:
+        if not self.closed:
             self.cursor = end = self.log.end
             self.splices = [(end, private, end) for _, private, _ in self.splices]
 
@@ -273,9 +276,9 @@ class Outbox:
         """Read the log no further than to its end now; private bytes may still follow."""
         self._splice(self.log.end, b"", UNREACHABLE)
 
-    def close_writes(self) -> None:
+    def close(self) -> None:
         """Drop everything pending, and take nothing more."""
-        self.write_closed = True
+        self.closed = True
         self.cursor = UNREACHABLE
         self.splices.clear()
         self.private_bytes = 0
@@ -292,11 +295,12 @@ class Outbox:
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
         """Add a splice; where it only leaves out more than the last one, that is extended."""
-        if not self.write_closed:
+        if not self.closed:
             self.private_bytes += len(private)
             if self.splices and self.splices[-1][2] == offset and not private:
-                offset, private, _ = self.splices.pop()
-            self.splices.append((offset, private, resume))
+                self.splices[-1] = (*self.splices[-1][:2], resume)
+            else:
+                self.splices.append((offset, private, resume))
 
     def unsent(self) -> memoryview:
         """Everything pending, in order.  Release it before the log grows.
@@ -331,25 +335,27 @@ class Outbox:
 # ---
 # 4. Protocol, Telnet
 
-class Control(Enum):
+class Signal(Enum):
     """What a protocol reports besides lines."""
 
-    CONNECTED = 1  # a WebSocket is open: greet the person
-    TOO_LONG = 2  # a line was over LINE_LIMIT, and was dropped
+    OPENED = 1  # a WebSocket is open
+    TOO_LONG = 2  # in place of a line over LINE_LIMIT
     DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-CONNECTED: Final = Control.CONNECTED
-TOO_LONG: Final = Control.TOO_LONG
-DISCONNECT: Final = Control.DISCONNECT
-Message = Union[str, Control]
+# Final, so that a type checker can tell them apart.
+OPENED: Final = Signal.OPENED
+TOO_LONG: Final = Signal.TOO_LONG
+DISCONNECT: Final = Signal.DISCONNECT
+Line = Union[str, Literal[Signal.TOO_LONG]]
+Input = Union[Line, Signal]
 
 
 class Protocol:
     """A protocol without sockets.
 
-    What was read is given to `feed`, in parts.  After each, `next` returns messages until it
-    returns None.  After DISCONNECT there is only `close`.
+    What was read is given to `feed`, in parts.  After each, `next` returns lines and signals until
+    it returns None.  After DISCONNECT there is only `close`.
     """
 
     ECHO = False  # whether speakers are sent what they say
@@ -357,7 +363,7 @@ class Protocol:
 
     opened = True  # whether events can be sent: of Web, while a WebSocket is open
     replies = b""  # what the protocol itself answers
-    behind_proxy = False  # trust the peer's X-Forwarded-For
+    behind_proxy = False  # trust the peer's X-Forwarded-For (of Web)
     forwarded_for = ""  # the address in it
 
     @staticmethod
@@ -366,12 +372,17 @@ class Protocol:
 
     def feed(self, data: bytes) -> None:
         """Take what the peer sent; b"" is the end of the stream."""
+        raise NotImplementedError
 
-    def next(self) -> Message | None:
+    def next(self) -> Input | None:
         """The next line or signal; None if more must be fed first."""
+        raise NotImplementedError
 
-    def has_interrupt(self, unfed: bytes) -> bool:
-        """Whether there is a Ctrl-C in what waits: lines that were fed, or what is to be fed."""
+    def scan_for_interrupt(self, unfed: bytes) -> bool:
+        """Look for a Ctrl-C in what waits: lines that were fed, and what is to be fed.
+
+        Between two calls `unfed` only grows at its end, and loses at its start what was fed.
+        """
         return False
 
     def close(self, code: str) -> bytes:
@@ -488,7 +499,7 @@ class Telnet(Protocol):
     def __init__(self) -> None:
         self._asked = False  # for BINARY
         self._incomplete = b""  # from `split_commands`
-        self._scanned = 0  # bytes that `has_interrupt` has seen, and that were not fed yet
+        self._scanned = 0  # bytes that `scan_for_interrupt` has seen, and that were not fed yet
         self._scan_incomplete = b""  # from `split_commands`, at their end
         self._last = b""  # the last byte of text: an LF after a CR belongs to that
         self._text = b""  # with "\n" for every line end
@@ -504,8 +515,8 @@ class Telnet(Protocol):
             return
         self._scanned = max(0, self._scanned - len(data))
         text, self._incomplete, replies = split_commands(self._incomplete + data)
-        if leaves := re.search(b"[\3\4]", text):  # what comes after Ctrl-C or Ctrl-D is ignored
-            text = text[: leaves.end()]
+        if ending := re.search(b"[\3\4]", text):  # what comes after Ctrl-C or Ctrl-D is ignored
+            text = text[: ending.end()]
         after_cr = self._last == b"\r"
         self._last = text[-1:] or self._last
         if after_cr and text[:1] in (b"\n", b"\0"):
@@ -521,7 +532,8 @@ class Telnet(Protocol):
         if self._asked and text.count(b"\n") > text.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
-    def has_interrupt(self, unfed: bytes) -> bool:
+    def scan_for_interrupt(self, unfed: bytes) -> bool:
+        # Each byte is scanned once: 64 KiB that come byte by byte would take minutes otherwise.
         if not self._scanned:
             self._scan_incomplete = self._incomplete  # begin where `feed` has stopped
         data = self._scan_incomplete + unfed[self._scanned :]
@@ -532,7 +544,7 @@ class Telnet(Protocol):
             self.replies += replies
         return CTRL_C in text or CTRL_C in self._text
 
-    def next(self) -> Message | None:
+    def next(self) -> Input | None:
         start, end = self._taken, self._text.find(b"\n", self._taken)
         if end < 0:
             if self._text.endswith((CTRL_C, CTRL_D)):
@@ -553,15 +565,16 @@ LOCALHOST = "localhost"
 class Host(NamedTuple):
     """Where somebody connects from: an address, and its network.
 
-    A source is one of the two: what is counted and banned as one.  Hosts are for example
+    A source is one of the two: it is counted, and can be banned, as one.  Hosts are for example
     ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64") and (LOCALHOST, LOCALHOST).
     """
 
     address: str
     network: str  # the address's IPv6 /64; the address itself, if it has none
 
-    def is_from(self, source: str) -> bool:
-        return source in (self.address, self.network)
+    @property
+    def sources(self) -> set[str]:
+        return {self.address, self.network}
 
 
 @functools.lru_cache
@@ -571,9 +584,10 @@ def parse_host(text: str) -> Host:
     address = ipaddress.ip_address(address_text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     name = network = LOCALHOST if address.is_loopback else str(address)
-    if address.version == 6 and not address.is_loopback:
+    has_network = address.version == 6 and not address.is_loopback
+    if has_network:
         network = str(ipaddress.ip_network((address, 64), strict=False))
-    if bits and (bits != "64" or network == name):  # no other network can be banned
+    if bits and not (has_network and bits == "64"):  # no other network can be banned
         raise ValueError(text)
     return Host(network if bits else name, network)
 
@@ -584,20 +598,24 @@ class Clock:
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
         self.read = read  # in seconds, from any start
         self.now = read()
-        self.advance()
+        self.elapsed = 0.0  # since the iteration before
+        self.wall_time = int(time.time())  # seconds since the epoch
 
     def advance(self) -> None:
         before, self.now = self.now, self.read()
         self.elapsed = self.now - before
-        self.wall_time = int(time.time())  # seconds since the epoch
+        self.wall_time = int(time.time())
 
 
 class TokenBucket:
-    """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent."""
+    """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent.
 
-    def __init__(self, rate: int) -> None:
+    One time says it all (the generic cell rate algorithm).
+    """
+
+    def __init__(self, rate: float) -> None:
         self.rate = rate
-        self.ready_at: float = -BURST_SECONDS  # when it is no longer overspent
+        self.ready_at = -math.inf  # when it is no longer overspent
 
     def spend(self, tokens: float, now: float) -> None:
         self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
@@ -606,7 +624,7 @@ class TokenBucket:
 class Quota:
     """Connections that are counted together, and the tokens that they share."""
 
-    def __init__(self, limit: int, spare: int, rate: int = 0) -> None:
+    def __init__(self, limit: int, spare: int, rate: float = math.inf) -> None:
         self.limit = limit  # 0 is no limit
         self.spare = spare  # places for departing people, where no others are free
         self.bucket = TokenBucket(rate)
@@ -616,8 +634,13 @@ class Quota:
 
     @property
     def free(self) -> int:
-        """Free places; below 0 if too many are taken, and 0 where there is no limit."""
-        return self.limit and self.limit - self.connections + len(self.departing)
+        """Free places, where there is a limit; below 0 if too many are taken."""
+        return self.limit - self.connections + len(self.departing)
+
+    @property
+    def departing_limit(self) -> int:
+        """How many may be departing: all free places may be used; without a limit, the spare."""
+        return max(self.spare, self.free) if self.limit else self.spare
 
 
 # State          What happens                            Next state
@@ -626,21 +649,26 @@ class Quota:
 #                browser: something else, or no request  CLOSING
 # AWAITING_NAME  a valid name that is free               CHATTING; the others are told
 #                an invalid or taken one                 AWAITING_NAME; after NAME_TRIES CLOSING
-#                a line too long, HTTP, no name in time  CLOSING
+#                a line that is too long or looks like   CLOSING
+#                HTTP, no name in time
+# both of these  rejected: too many people, or a ban     CLOSING
 # CHATTING       kicked                                  CLOSING; the others are told
-# any of these   /quit, DISCONNECT                       CLOSING; if CHATTING, the others are told
-#                rejected, shutdown                      CLOSING
+# all of these   /quit, DISCONNECT                       CLOSING; if CHATTING, the others are told
+#                shutdown                                CLOSING
 #                too far behind, an error, lost for too  CLOSING, and dropped at once; if CHATTING,
 #                long                                    the others are told
 # CLOSING        all is sent, and the peer has closed    forgotten
 #                an error, no end in time                dropped
 # any state      departing, where too many are           dropped
 #
+# Only Chat.greet, Chat._join and Chat.disconnect change the state; Reactor._close forgets.
 # Besides, in any state a person may be
-#   rejected  (Limiter.add, Chat._reject) they are told why, and disconnected
-#   lost      (Reactor._stop_sending) nothing can be sent; what they sent is processed, a name, too
-#   at EOF    (Reactor._read) nothing more can be read
-# The rejected, the lost and the CLOSING are departing: they take no place (see Quota).
+#   lost       (Reactor._lose) nothing can be sent any more; what they sent is processed, even a
+#              name, up to EOF
+#   at EOF     (Reactor._read) nothing more can be read
+#   departing  CLOSING, lost or rejected: they take no place (Quota.departing)
+#   done       CLOSING, and nothing is pending: the peer has to close
+# A caller is a person who is not CHATTING yet, a reader one who is.
 class State(Enum):
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
 
@@ -669,13 +697,13 @@ class Person:
     quota: Quota
     bucket: TokenBucket
 
-    def __init__(self, peer: str, log: Log, now: float) -> None:
-        self.peer = peer  # where they connected from, for our own log
+    def __init__(self, origin: str, log: Log, now: float) -> None:
+        self.origin = origin  # where they connected from, for the server log
         self.protocol = log.protocol_class()
         self.outbox = Outbox(log)
         self.state = CONNECTING
         self.state_since = now
-        self.reject_code = ""  # the code of the reason why they may not join
+        self.reject_code = ""  # of the reason why there is no place for them
         self.lost_why = ""  # the reason why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
@@ -710,7 +738,7 @@ class Limiter:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.clock = clock
         self.settings = settings
-        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)  # shares no tokens
+        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
@@ -725,11 +753,11 @@ class Limiter:
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
             quota.connections += 1
-            if quota.free < 0:
+            if quota.limit and quota.free < 0:
                 person.reject_code = code
         if person.is_departing:
             self.mark_departing(person)
-        if self.settings.rate:  # whoever reconnects must not be served before the others
+        if self.settings.rate:  # whoever reconnects must not be served first
             self._move_back(person, JOIN_TOKENS)
 
     def source_of(self, host: Host) -> str:
@@ -750,7 +778,7 @@ class Limiter:
     def quota_for(self, source: str) -> Quota:
         """The quota with this source; a new one if it is not known."""
         if source not in self.quotas:
-            if len(self.quotas) >= ADDRESSES_LIMIT:
+            if len(self.quotas) >= SOURCES_LIMIT:
                 idle = (key for key, quota in self.quotas.items() if not quota.connections)
                 self.quotas.pop(next(idle, ""), None)
             limit, rate = self.settings.max_per_address, self.settings.rate * ADDRESS_FACTOR
@@ -762,7 +790,7 @@ class Limiter:
     def to_evict(self, person: Person) -> Any:
         """A departing connection to close, if there are too many like this one; else None."""
         for quota in (self.everyone, person.quota):
-            if len(quota.departing) > max(quota.spare, quota.free):
+            if len(quota.departing) > quota.departing_limit:
                 # First those who are done, and last the lost: what they sent is still to be said.
                 # Among equals, the one who has used most.
                 return max(
@@ -786,8 +814,8 @@ class Limiter:
     def tick(self) -> None:
         """Forget the quotas that hold nothing to remember, and the bans that are over."""
         for source, quota in list(self.quotas.items()):
-            is_full = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
-            if is_full and not quota.connections and not quota.wrong_passwords:
+            is_rested = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
+            if is_rested and not quota.connections and not quota.wrong_passwords:
                 del self.quotas[source]
         self.bans = {source: until for source, until in self.bans.items() if until > self.clock.now}
 
@@ -817,7 +845,7 @@ class History:
 
     def forget(self, source: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        kept = [(event, host) for event, host in self._lines if not host.is_from(source)]
+        kept = [(event, host) for event, host in self._lines if source not in host.sources]
         self._lines = deque(kept, self._lines.maxlen)
         self._encoded.clear()
 
@@ -836,7 +864,7 @@ class History:
         return self._encoded[protocol_class]
 
 
-class CommandError(Exception):
+class Refused(Exception):
     """What somebody typed is refused; text and code are those of the `error` event."""
 
     def __init__(self, text: str, code: str = "refused") -> None:
@@ -868,13 +896,18 @@ def is_name_character(character: str) -> bool:
 
 
 def check_name(text: str) -> str:
-    """`text` as a name, in NFC; raises CommandError if it is none."""
+    """`text` as a name, in NFC; raises Refused if it is none."""
     name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
-    good = 1 <= len(name) <= NAME_LIMIT and all(map(is_name_character, name))
-    good = good and unicodedata.category(name[0])[0] != "M" and not INVISIBLE.search(name)
-    if not good or re.fullmatch(r"\d+(\.\d+){3}", name):
+    is_name = (
+        1 <= len(name) <= NAME_LIMIT
+        and all(map(is_name_character, name))
+        and unicodedata.category(name[0])[0] != "M"
+        and not INVISIBLE.search(name)
+        and not re.fullmatch(r"\d+(\.\d+){3}", name)  # /ban takes names and addresses
+    )
+    if not is_name:
         allowed = f"1 to {NAME_LIMIT} letters, digits, '_', '-' and '.'"
-        raise CommandError(f"A name has {allowed}, and is no IP address.", "bad_name")
+        raise Refused(f"A name has {allowed}, and is no IP address.", "bad_name")
     return name
 
 
@@ -886,7 +919,7 @@ class Command(NamedTuple):
     usage: str  # its name and arguments, optional ones in brackets
     text: str  # what it does, for /help; "" if it is not listed
     operators: bool  # whether it is for them alone
-    says: bool  # whether it has the room say a line: the page shows that as pending
+    says: bool  # whether it publishes a SPOKEN event: the page shows the line as pending
 
 
 COMMANDS: dict[str, Command] = {}  # by name and alias
@@ -919,47 +952,52 @@ class Chat:
         self.logs = {each: Log(each) for each in protocol_classes}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
+        # The reactor takes these two, and empties them.
         self.to_reconcile: dict[Any, None] = {}  # the people for whom something has changed
         self.new_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
-        # When each was given up, its name_key, and whose it was.
-        self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES)
+        # When each was given up, its name_key, and whose it was (so closed ones are kept for long).
+        self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES_LIMIT)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # The state machine
-    def handle(self, person: Person, message: Message) -> None:
-        """Do what a line or Control means in this state: see State."""
+    def handle(self, person: Person, message: Input) -> None:
+        """Do what a line or signal means in this state: see State."""
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if message is DISCONNECT:
                 self.disconnect(person, why=person.lost_why or "the connection ended")
-            elif message is CONNECTED:
+            elif message is OPENED:
                 self.greet(person)
             elif person.state is CHATTING:
-                if message is TOO_LONG:
-                    text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
-                    raise CommandError(text, "too_long")
                 self._take_line(person, message)
-            elif message is TOO_LONG or HTTP_REQUEST.match(message):  # a web request, long or not
-                self.disconnect(person, why="sent no name")
-            elif COMMANDS.get(message.strip().lower()) is COMMANDS["/quit"]:
-                self.disconnect(person, why="quit")
             else:
-                self._join(person, message)
-        except CommandError as error:
+                self._take_name(person, message)
+        except Refused as error:
             self.send(person, "error", code=error.code, text=str(error))
             if person.state is AWAITING_NAME:
                 self._ask_for_name(person)
 
-    def _take_line(self, person: Person, line: str) -> None:
+    def _take_name(self, person: Person, line: Line) -> None:
+        if line is TOO_LONG or HTTP_REQUEST.match(line):  # a web request, long or not
+            self.disconnect(person, why="sent no name")
+        elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
+            self.disconnect(person, why="quit")
+        else:
+            self._join(person, line)
+
+    def _take_line(self, person: Person, line: Line) -> None:
+        if line is TOO_LONG:
+            text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
+            raise Refused(text, "too_long")
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op {match[1]}"
-        start = line.lstrip()[:2]
-        if start == "//":  # but //op is /op
-            self.publish("said", person, text=line.lstrip()[1:])
-        elif start[:1] == "/":
-            self._run_command(person, line)
-        elif start:
+        body = line.lstrip()
+        if body.startswith("//"):  # but //op is /op
+            self.publish("said", person, text=body[1:])
+        elif body.startswith("/"):
+            self._run_command(person, body)
+        elif body:
             self.publish("said", person, text=line)
             if line in ("help", "?"):
                 self.send(person, "notice", text="/help shows what you can type.")
@@ -968,7 +1006,8 @@ class Chat:
     def publish(self, event_type: str, person: Person, **fields: Any) -> None:
         """Show everyone in the room an event.
 
-        Not talk to those who ignore the speaker, nor to speakers who see what they type (ECHO).
+        What is said is left out for those who ignore the speaker, and for speakers themselves if
+        their screen shows it already (not ECHO).
         """
         self._last_id += 1
         event = {"type": event_type, "id": self._last_id, "at": self.clock.wall_time}
@@ -978,7 +1017,7 @@ class Chat:
                 data = log.protocol_class.encode(event)
                 log.append(data)
                 self.new_bytes += len(data)
-        if event_type in ("said", "did"):
+        if event_type in SPOKEN:
             self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
@@ -989,17 +1028,17 @@ class Chat:
         self.send_raw(person, person.protocol.encode({"type": event_type, **fields}))
 
     def send_raw(self, person: Person, data: bytes) -> None:
-        """Send what is encoded already, or b"" if only something else has changed."""
-        person.outbox.insert(data)
-        self.new_bytes += len(data)
-        self.to_reconcile[person] = None
+        if data:
+            person.outbox.insert(data)
+            self.new_bytes += len(data)
+            self.to_reconcile[person] = None
 
     # Joining and leaving
     def greet(self, person: Person) -> None:
         """Greet a caller and ask for a name, or say why they may not join."""
         address = person.protocol.forwarded_for
         if address:  # from a proxy: count them under this address
-            person.peer = f"{address} through {person.peer}"
+            person.origin = f"{address} through {person.origin}"
             self.limiter.remove(person)
             self.limiter.add(person, address)
         if not self._reject(person):
@@ -1024,36 +1063,34 @@ class Chat:
 
     def _reject(self, person: Person) -> bool:
         """Disconnect a caller if they may not join; returns whether it did."""
-        minutes = self.limiter.banned_minutes(*person.host)
-        if minutes:
-            person.reject_code = "banned"
-        elif 0 < self.settings.max_people <= len(self.people):
-            person.reject_code = "full"
-        if person.reject_code:
-            self.disconnect(person, person.reject_code, minutes=minutes)
-        return bool(person.reject_code)
+        minutes = self.limiter.banned_minutes(*person.host.sources)
+        is_full = 0 < self.settings.max_people <= len(self.people)
+        code = "banned" if minutes else "full" if is_full else person.reject_code
+        if code:
+            self.disconnect(person, code, minutes=minutes)
+        return bool(code)
 
     def _join(self, person: Person, text: str) -> None:
-        """Let a caller in by the name that they typed; raises CommandError."""
+        """Let a caller in by the name that they typed, or reject them; raises Refused."""
         if self._reject(person):
             return
         person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
-        self.publish("joined", person)  # before they read the log
         person.enter(CHATTING, self.clock.now)
+        self.publish("joined", person)  # before they read the log
         self.people[name_key(name)] = person
         person.outbox.log.readers[person] = None
         person.outbox.join()
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.settings.history:
             self.send_raw(person, self.history.encode(type(person.protocol)))
-        logger.info("%s joined from %s (%d here)", name, person.peer, len(self.people))
+        logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
 
     def disconnect(self, person: Person, code: str = "", why: str = "", **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
 
         A `code` is that of a `closing` event for the person, with the text in CLOSING_TEXT, which
-        is filled with `fields`.  Where there is none, `why` says the reason in our own log.
+        is filled with `fields`.  Where there is none, `why` says the reason in the server log.
         """
         if person.state is CHATTING:
             self._release_name(person)
@@ -1064,29 +1101,22 @@ class Chat:
                 ignorers.discard(person)
             self.publish("kicked" if code == "kicked" else "quit", person, **fields)
             here = len(self.people)
-            logger.info("%s left: %s (%s, %d here)", person.name, why or code, person.peer, here)
+            logger.info("%s left: %s (%s, %d here)", person.name, why or code, person.origin, here)
         else:
-            logger.debug("%s left before joining: %s", person.peer, why or code)
+            logger.debug("%s left before joining: %s", person.origin, why or code)
         person.enter(CLOSING, self.clock.now)
         self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
         self.send_raw(person, person.protocol.close(code))
-
-    def shut_down(self, everyone: Iterable[Person]) -> None:
-        """Disconnect everyone; nobody reads that the others left."""
-        for log in self.logs.values():
-            log.readers.clear()
-        for person in everyone:
-            if person.state is not CLOSING:
-                self.disconnect(person, "shutdown")
+        self.to_reconcile[person] = None  # also where there was nothing to send
 
     # Names
     def _available_name(self, person: Person, text: str) -> str:
-        """`text` as a name that this person may take, or already has; raises CommandError."""
+        """`text` as a name that this person may take, or already has; raises Refused."""
         name = check_name(text)
         if self.people.get(name_key(name), person) is not person:
-            raise CommandError(f"The name {name} is taken.", "name_taken")
+            raise Refused(f"The name {name} is taken.", "name_taken")
         return name
 
     def _release_name(self, person: Person) -> None:
@@ -1096,7 +1126,7 @@ class Chat:
         self._former_names.append((self.clock.now, key, person))
 
     def _find(self, name: str, former: bool = False) -> Person:
-        """Who has this name, or (`former`) had it last, here or gone; raises CommandError."""
+        """Who has this name, or (`former`) had it last, here or gone; raises Refused."""
         key, oldest = name_key(name), self.clock.now - FORMER_NAME_SECONDS
         if key in self.people:
             return self.people[key]
@@ -1104,10 +1134,10 @@ class Chat:
             for given_up, old_key, person in reversed(self._former_names):
                 if old_key == key and given_up > oldest:
                     return person
-        raise CommandError(f"Nobody here is called {name}.")
+        raise Refused(f"Nobody here is called {name}.")
 
     def _host_of(self, target: str) -> Host:
-        """The host for an address, an IPv6 /64 or a name; raises CommandError."""
+        """The host for an address, an IPv6 /64 or a name; raises Refused."""
         try:
             return parse_host(target)
         except ValueError:
@@ -1119,11 +1149,11 @@ class Chat:
         name, rest = words[0].lower(), "".join(words[1:])
         found = COMMANDS.get(name)
         if not found or (found.operators and not person.operator):
-            raise CommandError(f"Unknown command {name}; try /help.", "unknown_command")
+            raise Refused(f"Unknown command {name}; try /help.", "unknown_command")
         _, *parameters = found.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
-            raise CommandError(f"Usage: {found.usage}", "usage")
+            raise Refused(f"Usage: {found.usage}", "usage")
         found.run(self, person, *arguments)
 
     @command("/help", "show this list")
@@ -1154,7 +1184,7 @@ class Chat:
         fields = {"at": self.clock.wall_time, "from": person.name, "to": other.name, "text": text}
         if other is not person and other not in self._ignorers.get(person, ()):
             if other.outbox.private_bytes > WHISPER_LIMIT:
-                raise CommandError(f"{other.name} has too much to read; your line was not sent.")
+                raise Refused(f"{other.name} has too much to read; your line was not sent.")
             self.send(other, "whisper", **fields)
         self.send(person, "whisper", **fields)
 
@@ -1162,19 +1192,19 @@ class Chat:
     def _nick(self, person: Person, text: str) -> None:
         name = self._available_name(person, text)
         if name == person.name:
-            raise CommandError(f"You are {name} already.")
+            raise Refused(f"You are {name} already.")
         self._release_name(person)
         self.people[name_key(name)] = person
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
         self.publish("renamed", person, to=name)
-        logger.info("%s is now %s (%s)", person.name, name, person.peer)
-        person.name = name
+        logger.info("%s is now %s (%s)", person.name, name, person.origin)
+        person.name = name  # at the end: the event has the name before
 
     @command("/ignore NAME", "hide what somebody says, or show it again")
     def _ignore(self, person: Person, name: str) -> None:
         other = self._find(name)
         if other is person:
-            raise CommandError("You can't ignore yourself.")
+            raise Refused("You can't ignore yourself.")
         ignorers = self._ignorers[other]
         if person in ignorers:
             ignorers.remove(person)
@@ -1191,45 +1221,45 @@ class Chat:
     @command("/op PASSWORD", "")
     def _op(self, person: Person, password: str) -> None:
         if not self.settings.password:
-            raise CommandError("This server has no operators.")
+            raise Refused("This server has no operators.")
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
             person.operator = True
-            logger.info("%s is an operator (%s)", person.name, person.peer)
+            logger.info("%s is an operator (%s)", person.name, person.origin)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
-        logger.info("%s gave a wrong password (%s)", person.name, person.peer)
+        logger.info("%s gave a wrong password (%s)", person.name, person.origin)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
             source = self.limiter.source_of(person.host)
             logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
-        raise CommandError("That is not the password.")
+        raise Refused("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators=True)
     def _kick(self, person: Person, name: str, why: str = "no reason given") -> None:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
-            raise CommandError(f"{name} has left already.")
-        logger.info("%s kicked %s (%s)", person.name, other.name, person.peer)
+            raise Refused(f"{name} has left already.")
+        logger.info("%s kicked %s (%s)", person.name, other.name, person.origin)
         self.disconnect(other, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
         source = self.limiter.source_of(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
-        if not 1 <= minutes <= LONGEST_BAN:
-            raise CommandError(f"A ban lasts from 1 to {LONGEST_BAN} minutes.", "usage")
-        if source == LOCALHOST or person.host.is_from(source):
-            raise CommandError("Neither localhost nor your own address can be banned; use /kick.")
+        if not 1 <= minutes <= BAN_MINUTES_LIMIT:
+            raise Refused(f"A ban lasts from 1 to {BAN_MINUTES_LIMIT} minutes.", "usage")
+        if source == LOCALHOST or source in person.host.sources:
+            raise Refused("Neither localhost nor your own address can be banned; use /kick.")
         if source not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
-            raise CommandError(f"There are {BANS_LIMIT} bans already; /unban ends one.")
+            raise Refused(f"There are {BANS_LIMIT} bans already; /unban ends one.")
         self.history.forget(source)
         self.limiter.ban(source, minutes)
         minutes = self.limiter.banned_minutes(source)
-        with suppress(CommandError):  # nobody to kick: it is an address, or they have left
+        with suppress(Refused):  # nobody to kick: it is an address, or they have left
             self._kick(person, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", person.name, source, minutes)
-        here = sum(other.host.is_from(source) for other in self.people.values())
+        here = sum(source in other.host.sources for other in self.people.values())
         text = f"{source} is banned for {minutes} min; still here from there: {here}."
         self.send(person, "notice", text=text)
 
@@ -1244,10 +1274,10 @@ class Chat:
 
     @command("/unban ADDRESS", "end a ban", operators=True)
     def _unban(self, person: Person, target: str) -> None:
-        sources = dict.fromkeys(self._host_of(target))  # once, where both are the same
-        ended = [source for source in sources if self.limiter.bans.pop(source, None)]
+        sources = self._host_of(target).sources
+        ended = sorted(source for source in sources if self.limiter.bans.pop(source, None))
         if not ended:
-            raise CommandError(f"{target} is not banned.")
+            raise Refused(f"{target} is not banned.")
         for source in ended:
             logger.info("%s ended the ban of %s", person.name, source)
             self.send(person, "notice", text=f"{source} is no longer banned.")
@@ -1279,8 +1309,8 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 class Connection(Person):
     """A person and their socket."""
 
-    def __init__(self, sock: socket.socket, peer: str, log: Log, now: float) -> None:
-        super().__init__(peer, log, now)
+    def __init__(self, sock: socket.socket, origin: str, log: Log, now: float) -> None:
+        super().__init__(origin, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
         self.unscanned = False  # something was read since the last scan for Ctrl-C
@@ -1296,7 +1326,7 @@ class Reactor:
     How connections end:
 
         Chat.disconnect  CLOSING; what is pending is sent, and nothing more is processed
-        _stop_sending    lost; what was read is processed up to EOF, then Chat.disconnect
+        _lose    lost; what was read is processed up to EOF, then Chat.disconnect
         _abort           Chat.disconnect, and _close with a reset
         _close           forgotten: all end here, those that are done when the peer has closed
     """
@@ -1346,7 +1376,14 @@ class Reactor:
                     self.selector.unregister(listener)
                 listener.close()
             self.listeners.clear()
-            self.chat.shut_down(self.connections)
+            for log in self.chat.logs.values():
+                log.readers.clear()  # nobody reads that the others left
+            for conn in list(self.connections):
+                self._guard(self._shut_down, conn)
+
+    def _shut_down(self, conn: Connection) -> None:
+        if conn.state is not CLOSING:
+            self.chat.disconnect(conn, "shutdown")
 
     # The event loop
     def run_once(self) -> None:
@@ -1368,14 +1405,14 @@ class Reactor:
         if self.clock.now >= self.tick_at:
             self._tick()
         self._apply_backpressure()
-        # By now each reader has been sent all that was offered, or is blocked.
+        # By now each reader has been sent all up to `broadcast_end`, or is blocked.
         for log in self.chat.logs.values():
             cursors = [conn.outbox.cursor for conn in self.blocked if conn.outbox.log is log]
-            log.trim(min([log.offered, *cursors]))
+            log.trim(min([log.broadcast_end, *cursors]))
 
     def _timeout(self) -> float:
         """Seconds to wait for sockets: until tokens are there, or something is due."""
-        if self.chat.to_reconcile:
+        if self.chat.to_reconcile or self.chat.new_bytes:  # since `_broadcast`
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
         if until > self.clock.now:
@@ -1404,15 +1441,15 @@ class Reactor:
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
-        offered, end, to_reconcile = log.offered, log.end, self.chat.to_reconcile
-        size = end - offered
+        start, end, to_reconcile = log.broadcast_end, log.end, self.chat.to_reconcile
+        size = end - start
         if not size:
             return
-        with memoryview(log.data)[offered - log.start :] as news:
+        with memoryview(log.data)[start - log.start :] as news:
             for conn in log.readers:
                 outbox = conn.outbox
                 # Fast path: no Python call but send().
-                if outbox.cursor == offered and not outbox.splices:
+                if outbox.cursor == start and not outbox.splices:
                     try:
                         sent = conn.sock.send(news)
                     except OSError:
@@ -1422,7 +1459,7 @@ class Reactor:
                         continue
                     outbox.cursor += sent
                 to_reconcile[conn] = None
-        log.offered = end
+        log.broadcast_end = end
 
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
@@ -1442,30 +1479,34 @@ class Reactor:
         return [conn for conn in self.blocked if conn.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
-        """Once a second: register listeners, now or again, and check everyone."""
+        """What is done once a second."""
         self.tick_at = self.clock.now + TICK_SECONDS
+        self._register_listeners()
+        self.limiter.tick()
+        for conn in list(self.connections):
+            self._guard(self._check, conn)
+
+    def _register_listeners(self) -> None:
+        """Listen: at first, and again after an error."""
         for listener in self.listeners:
             if listener not in self.selector.get_map():
                 with suppress(OSError):  # the next tick tries again
                     listener.setblocking(False)
                     accept = functools.partial(self._accept, listener)
                     self.selector.register(listener, READ, accept)
-        self.limiter.tick()
-        for conn in list(self.connections):
-            self._guard(self._check, conn)
 
     def _check(self, conn: Connection) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.clock.now >= conn.deadline:
             if conn.state is CLOSING or conn.lost_why:
-                self._abort(conn, "lost")
+                self._abort(conn, "lost for too long")
             else:
                 self.chat.disconnect(conn, "timeout")
         elif ping and not conn.outbox.has_pending and conn not in self.with_input:
             conn.silent_ticks += 1
             if conn.silent_ticks >= SILENT_TICKS:
-                self._stop_sending(conn, "it answers no ping")
+                self._lose(conn, "it answers no ping")
             elif conn.silent_ticks % PING_TICKS == 0:
                 self.chat.send_raw(conn, ping)
 
@@ -1486,11 +1527,11 @@ class Reactor:
             if not name:  # on macOS: the caller is gone again
                 continue
             address, port = name[:2]
-            peer = f"{re.sub('^::ffff:', '', address)} port {port}"  # IPv4 without its IPv6 prefix
+            origin = re.sub("^::ffff:", "", address)  # IPv4 without its IPv6 prefix
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            conn = Connection(sock, peer, log, self.clock.now)
+            conn = Connection(sock, f"{origin} port {port}", log, self.clock.now)
             self.limiter.add(conn, address)
             self.connections[conn] = None
             self._guard(self._admit, conn)
@@ -1501,7 +1542,8 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        protocol.behind_proxy = self.chat.settings.behind_proxy and conn.host.address == LOCALHOST
+        trusted = self.limiter.settings.behind_proxy and conn.host.address == LOCALHOST
+        protocol.behind_proxy = trusted
         if protocol.opened:
             self.chat.greet(conn)
         self._reconcile(conn)
@@ -1526,7 +1568,7 @@ class Reactor:
         except OSError as error:
             why = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", conn.peer)
+            logger.exception("an internal error, with %s", conn.origin)
             why = "an internal error"
         self._abort(conn, why)  # not in `except`: the traceback would keep a view of the log
 
@@ -1544,7 +1586,7 @@ class Reactor:
         except BlockingIOError:
             return
         except OSError as error:
-            self._stop_sending(conn, error.strerror)  # what they sent before is still said
+            self._lose(conn, error.strerror)  # what they sent before is still said
             data = b""
         conn.silent_ticks = 0
         conn.eof = not data
@@ -1559,13 +1601,13 @@ class Reactor:
         # To the end: equal ones take turns, for sorted() is stable.
         self.with_input[conn] = self.with_input.pop(conn)
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        may_go_on = self._handle_messages(conn)
-        if may_go_on and (conn.read_buffer or conn.eof):
+        drained = self._handle_messages(conn)
+        if drained and (conn.read_buffer or conn.eof):
             data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
             self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
             conn.protocol.feed(data)  # b"" is the end of the stream
-            may_go_on = self._handle_messages(conn)
-        if may_go_on and not conn.read_buffer and not conn.eof:
+            drained = self._handle_messages(conn)
+        if drained and not conn.read_buffer and not conn.eof:
             del self.with_input[conn]
 
     def _handle_messages(self, conn: Connection) -> bool:
@@ -1576,14 +1618,14 @@ class Reactor:
             if message is None:
                 return True
             self.chat.handle(conn, message)
-            if message is CONNECTED:
+            if message is OPENED:
                 self._evict(conn)  # `greet` may have counted them under another address
         return False
 
     def _scan(self, conn: Connection) -> None:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
         conn.unscanned = False
-        if conn.state is not CLOSING and conn.protocol.has_interrupt(conn.read_buffer):
+        if conn.state is not CLOSING and conn.protocol.scan_for_interrupt(conn.read_buffer):
             self._send_replies(conn)
             self.chat.handle(conn, DISCONNECT)
 
@@ -1619,21 +1661,21 @@ class Reactor:
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
             try:
-                # A splice may be empty; then there is nothing to send.
+                # Where only an empty splice is pending, `leave` made it.
                 conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
             except OSError as error:
-                self._stop_sending(conn, error.strerror)
+                self._lose(conn, error.strerror)
 
-    def _stop_sending(self, conn: Connection, why: str | None) -> None:
+    def _lose(self, conn: Connection, why: str | None) -> None:
         """Send nothing more: the peer has missed something.
 
         What was read is still processed.  After the shutdown, recv() returns EOF.
         """
         if not conn.lost_why:
             conn.lost_why, conn.lost_at = why or "lost", self.clock.now
-            conn.outbox.close_writes()
+            conn.outbox.close()
             self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_RDWR)
@@ -1663,9 +1705,9 @@ class Reactor:
             self.selector.unregister(conn.sock)
         with suppress(OSError):  # nothing else to do
             conn.sock.close()
-        conn.read_buffer = b""  # Chat._former_names may keep this object
+        conn.read_buffer = b""  # free the memory: Chat._former_names may keep this object
         conn.protocol = type(conn.protocol)()
-        conn.outbox.close_writes()
+        conn.outbox.close()
 
 
 # ---
@@ -1693,7 +1735,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
         ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
         ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
-        ("--history", HISTORY_LINES, default.history, "lines that newcomers are shown"),
+        ("--history", HISTORY_LIMIT, default.history, "lines that newcomers are shown"),
     ]:
         number = functools.partial(whole_number, most)
         shown = text if value is None else f"{text} (default: %(default)s)"
@@ -1855,7 +1897,11 @@ def main(arguments: list[str] | None = None) -> int:
     ports = [listener.getsockname()[1] for listener in listeners]
     logger.info(
         "BATCHAT %s, process %d, ports %s, %d connections at most; %s",
-        *(__version__, os.getpid(), ports, limit, vars(options)),
+        __version__,
+        os.getpid(),
+        ports,
+        limit,
+        vars(options),
     )
     announce(options.host, ports)
     ok = reactor.run()
@@ -1938,13 +1984,13 @@ class Web(Protocol):
         self._data += data
         self._ended = not data
 
-    def next(self) -> Message | None:
+    def next(self) -> Input | None:
         while not self._lines:
             if not self.opened:
                 return self._parse_head()
             if not self._parse_frame():
                 return DISCONNECT if self._ended else None
-        return clean(decode_line(self._lines.popleft()))
+        return clean(decode_line(self._lines.popleft()))  # broken UTF-8 is mended, as on telnet
 
     def close(self, code: str) -> bytes:
         if self.opened:
@@ -1952,7 +1998,7 @@ class Web(Protocol):
         replies, self.replies = self.replies, b""
         return replies
 
-    def _parse_head(self) -> Message | None:
+    def _parse_head(self) -> Input | None:
         """Parse the head of the request, if it is complete, and answer."""
         head, *after = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
@@ -1976,7 +2022,7 @@ class Web(Protocol):
             return self._respond(200, PAGE, "html")
         return self._respond(404)
 
-    def _upgrade(self, fields: dict[str, str], after: bytes) -> Message:
+    def _upgrade(self, fields: dict[str, str], after: bytes) -> Input:
         """Open a WebSocket (RFC 6455, section 4.2); `after` came after the head."""
         key = fields.get("sec-websocket-key", "")
         if not key or "websocket" not in fields.get("upgrade", "").lower():
@@ -1990,9 +2036,9 @@ class Web(Protocol):
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
         self.opened, self._data = True, after
-        return CONNECTED
+        return OPENED
 
-    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Control:
+    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Signal:
         """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
@@ -2040,7 +2086,7 @@ class Web(Protocol):
             self.replies += frame(PONG, payload)
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big")  # we answer with the same
-            legal = not payload or 1000 <= code <= 4999 and code not in (1005, 1006, 1015)
+            legal = not payload or (1000 <= code <= 4999 and code not in (1005, 1006, 1015))
             return self._end(code if legal else 1002)
         elif not control:
             message = (self._message or b"") + payload
@@ -2091,6 +2137,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 # The script begins with: const { templates, ... } = {"templates": ...};
 SHARED = {
     "templates": TEMPLATES,
+    "SPOKEN": SPOKEN,
     "PROTOCOL": PROTOCOL_VERSION,
     "OP": OP,
     "LOST_SECONDS": LOST_SECONDS,
@@ -2098,7 +2145,7 @@ SHARED = {
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
-const SAID = ["said", "did"], TALK = [...SAID, "whisper"];
+const TALK = [...SPOKEN, "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2171,7 +2218,7 @@ const handlers = {
   error(event) {
     if (state === "calling") {
       const maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection may still have it
-      if (maybeOurs && event.code === "name_taken") return socket.close();
+      if (maybeOurs && event.code === "name_taken") return socket.close();  // and try again
       loseName();
     }
     show(event);
@@ -2265,12 +2312,12 @@ let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for
 const isOwn = event => (event.name || event.from) === name;
 const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isMention(event) {
-  return name && SAID.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
+  return name && SPOKEN.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
 }
 function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
-  if (SAID.includes(event.type) && isOwn(event)) confirmPending(event);
+  if (SPOKEN.includes(event.type) && isOwn(event)) confirmPending(event);
   if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
