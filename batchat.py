@@ -429,6 +429,7 @@ ASK_FOR_BINARY = IAC + DO + BINARY + IAC + WILL + BINARY
 REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
+LEAVING_KEY = re.compile(b"[" + CTRL_C + CTRL_D + b"]")
 # Without BINARY the common telnets ignore the top bit of a byte when they look for keys.  They take
 # the 83 in \u0443 (D1 83) for 03, Ctrl-C, and send IP instead of it.  So in the middle of a
 # character, a command stands for its key with the top bit set.
@@ -513,9 +514,10 @@ class Telnet(Protocol):
         if not data:
             self._text += CTRL_D  # the end of the stream counts as one
             return
-        self._scanned = max(0, self._scanned - len(data))
+        if self._scanned:
+            self._scanned = max(0, self._scanned - len(data))
         text, self._incomplete, replies = split_commands(self._incomplete + data)
-        if ending := re.search(b"[\3\4]", text):  # what comes after Ctrl-C or Ctrl-D is ignored
+        if ending := LEAVING_KEY.search(text):  # what comes after it is ignored
             text = text[: ending.end()]
         after_cr = self._last == b"\r"
         self._last = text[-1:] or self._last
@@ -524,7 +526,7 @@ class Telnet(Protocol):
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
         lines = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
         self._text += lines.replace(b"\r", b"\n")
-        ends_like_telnet = b"\r\n" in text or b"\r\0" in text
+        ends_like_telnet = len(lines) < len(text)  # with CR LF or CR NUL
         if not self._asked and (IAC in data or (ends_like_telnet and not self._text.isascii())):
             self._asked = True
             self.replies += ASK_FOR_BINARY
@@ -993,9 +995,9 @@ class Chat:
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op {match[1]}"
         body = line.lstrip()
-        if body.startswith("//"):  # but //op is /op
+        if body[:2] == "//":  # but //op is /op
             self.publish("said", person, text=body[1:])
-        elif body.startswith("/"):
+        elif body[:1] == "/":
             self._run_command(person, body)
         elif body:
             self.publish("said", person, text=line)
@@ -1010,15 +1012,21 @@ class Chat:
         their screen shows it already (not ECHO).
         """
         self._last_id += 1
-        event = {"type": event_type, "id": self._last_id, "at": self.clock.wall_time}
-        event.update(name=person.name, **fields)
+        event = {
+            "type": event_type,
+            "id": self._last_id,
+            "at": self.clock.wall_time,
+            "name": person.name,
+            **fields,
+        }
         for log in self.logs.values():
             if log.readers:
                 data = log.protocol_class.encode(event)
                 log.append(data)
                 self.new_bytes += len(data)
         if event_type in SPOKEN:
-            self.history.append(event, person.host)
+            if self.settings.history:
+                self.history.append(event, person.host)
             if not person.protocol.ECHO:
                 person.outbox.exclude_newest()
             for ignorer in self._ignorers.get(person, ()):
@@ -1614,7 +1622,8 @@ class Reactor:
         """Handle messages until there are none; False if the person has to wait, or has left."""
         while conn.state is not CLOSING and self._ready_at(conn) <= self.clock.now:
             message = conn.protocol.next()
-            self._send_replies(conn)
+            if conn.protocol.replies:
+                self._send_replies(conn)
             if message is None:
                 return True
             self.chat.handle(conn, message)
@@ -1630,9 +1639,8 @@ class Reactor:
             self.chat.handle(conn, DISCONNECT)
 
     def _send_replies(self, conn: Connection) -> None:
-        if conn.protocol.replies:
-            self.chat.send_raw(conn, conn.protocol.replies)
-            conn.protocol.replies = b""
+        self.chat.send_raw(conn, conn.protocol.replies)
+        conn.protocol.replies = b""
 
     def _reconcile(self, conn: Connection) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
