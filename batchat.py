@@ -2160,7 +2160,7 @@ for (const type in templates) templates[type] = templates[type].trim().split(/\{
 const LINK =  // parentheses only in pairs, and no punctuation at its end
   /(https?:\/\/(?:[^\s<>"()]|\([^\s<>"()]*\))+(?<![.,;:!?'\]}]))/i;
 const find = selector => document.querySelector(selector);
-const [log, lines, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
+const [scroller, lines, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
   ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
@@ -2386,15 +2386,15 @@ function linked(text) {  // a link that does not go where it seems to is followe
     return [element("a", attributes, part), part.split("/")[2].toLowerCase() === url.host ? "" : ` (${url.host})`];
   });
 }
-const isAtEnd = () => log.scrollTop > -1;  // 0 is the end: it is reversed
-function toEnd() { log.scrollTop = 0; }
+const isAtEnd = () => scroller.scrollTop > -1;  // 0 is the end: it is reversed
+function toEnd() { scroller.scrollTop = 0; }
 function updateCounts() {
   if (isAtEnd()) below = 0;
   belowButton.hidden = !below;
   belowButton.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
   document.title = unread ? `(${mentioned ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
-log.onscroll = updateCounts;
+scroller.onscroll = updateCounts;
 belowButton.onclick = () => { toEnd(); input.focus(); };
 document.onvisibilitychange = () => { unread = 0; mentioned = false; updateCounts(); };
 
