@@ -52,7 +52,7 @@ logger = logging.getLogger("batchat")
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
 # that `text_of` makes of it.
 Event = Dict[str, Any]
-PROTOCOL_VERSION = 1  # of events; a page that was made for another one reloads itself
+EVENTS_VERSION = 1  # of events; a page that was made for another one reloads itself
 
 BANNER = r"""
    ____      _       _____     ____   _   _      _       _____   
@@ -64,8 +64,8 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 (__) (__)(__)  (__)(__) (__)(__)(__)(_") ("_)(__)  (__)(__) (__)
 """[1:]
 
-# How each type of event reads on telnet: all types are here.  The page uses these, too, except
-# greeting and help.
+# How each type of event reads on telnet: all types are here, and the end of a history.  The page
+# uses these, too, except greeting and help.
 TEMPLATES = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
@@ -148,7 +148,7 @@ PROCESS_SECONDS = 0.05  # for processing input in one iteration
 POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
-# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Input
+# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Parsed
 # also waits when one iteration has made that many new bytes.  So a log is never longer than twice
 # LAG_LIMIT, plus a few events.
 LAG_LIMIT = 512 << 10  # bytes
@@ -177,7 +177,7 @@ ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
 LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
-LINE_TOKENS = 1  # of every line; it is part of those below
+LINE_TOKENS = 1  # of every line or report; it is part of those below
 JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 25  # everyone has to learn the new name
 WRONG_PASSWORD_TOKENS = 50
@@ -290,7 +290,7 @@ class Outbox:
         self._splice(at, data, at)
 
     def exclude_newest(self) -> None:
-        """Leave out the event that was appended just now."""
+        """Leave out the event that was appended just now; they are a reader, so one was."""
         self._splice(self.log.newest, b"", self.log.end)
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
@@ -335,7 +335,7 @@ class Outbox:
 # ---
 # 4. Protocol, Telnet
 
-class Signal(Enum):
+class Report(Enum):
     """What a protocol reports besides lines."""
 
     OPENED = 1  # a WebSocket is open
@@ -344,24 +344,23 @@ class Signal(Enum):
 
 
 # Final, so that a type checker can tell them apart.
-OPENED: Final = Signal.OPENED
-TOO_LONG: Final = Signal.TOO_LONG
-DISCONNECT: Final = Signal.DISCONNECT
-Line = Union[str, Literal[Signal.TOO_LONG]]
-Input = Union[Line, Signal]
+OPENED: Final = Report.OPENED
+TOO_LONG: Final = Report.TOO_LONG
+DISCONNECT: Final = Report.DISCONNECT
+Line = Union[str, Literal[Report.TOO_LONG]]
+Parsed = Union[Line, Report]
 
 
 class Protocol:
     """A protocol without sockets.
 
-    What was read is given to `feed`, in parts.  After each, `next` returns lines and signals until
+    What was read is given to `feed`, in parts.  After each, `next` returns lines and reports until
     it returns None.  After DISCONNECT there is only `close`.
     """
 
     ECHO = False  # whether speakers are sent what they say
     PING_DATA = b""  # a ping, where the protocol has one
 
-    opened = True  # whether events can be sent: of Web, while a WebSocket is open
     replies = b""  # what the protocol itself answers
     behind_proxy = False  # trust the peer's X-Forwarded-For (of Web)
     forwarded_for = ""  # the address in it
@@ -370,12 +369,17 @@ class Protocol:
     def encode(event: Event) -> bytes:
         raise NotImplementedError
 
+    @property
+    def opened(self) -> bool:
+        """Whether events can be sent: of Web, while a WebSocket is open."""
+        return True
+
     def feed(self, data: bytes) -> None:
         """Take what the peer sent; b"" is the end of the stream."""
         raise NotImplementedError
 
-    def next(self) -> Input | None:
-        """The next line or signal; None if more must be fed first."""
+    def next(self) -> Parsed | None:
+        """The next line or report; None if more must be fed first."""
         raise NotImplementedError
 
     def scan_for_interrupt(self, unfed: bytes) -> bool:
@@ -430,9 +434,9 @@ REFUSALS = {WILL: DONT, DO: WONT}  # WONT and DONT need no answer
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 LEAVING_KEY = re.compile(b"[" + CTRL_C + CTRL_D + b"]")
-# Without BINARY the common telnets ignore the top bit of a byte when they look for keys.  They take
-# the 83 in \u0443 (D1 83) for 03, Ctrl-C, and send IP instead of it.  So in the middle of a
-# character, a command stands for its key with the top bit set.
+# The keys for which a telnet sends a command.  Without BINARY the common ones send it inside of
+# characters, too: they ignore the top bit, and send IP for the 83 in \u0443 (D1 83) as for 03,
+# Ctrl-C.  There, the command is turned into its key with the top bit set.
 KEYS = {
     b"\xec": 0x04,  # EOF (RFC 1184): Ctrl-D
     b"\xed": 0x1A,  # SUSP (RFC 1184): Ctrl-Z
@@ -502,7 +506,7 @@ class Telnet(Protocol):
         self._incomplete = b""  # from `split_commands`
         self._scanned = 0  # bytes that `scan_for_interrupt` has seen, and that were not fed yet
         self._scan_incomplete = b""  # from `split_commands`, at their end
-        self._last = b""  # the last byte of text: an LF after a CR belongs to that
+        self._last = b""  # the last byte of text; an LF after a CR ends no further line
         self._text = b""  # with "\n" for every line end
         self._taken = 0  # bytes of `_text`
 
@@ -546,7 +550,7 @@ class Telnet(Protocol):
             self.replies += replies
         return CTRL_C in text or CTRL_C in self._text
 
-    def next(self) -> Input | None:
+    def next(self) -> Parsed | None:
         start, end = self._taken, self._text.find(b"\n", self._taken)
         if end < 0:
             if self._text.endswith((CTRL_C, CTRL_D)):
@@ -583,15 +587,15 @@ class Host(NamedTuple):
 def parse_host(text: str) -> Host:
     """The host with this address; for an IPv6 /64, both are the /64.  May raise ValueError."""
     address_text, _, bits = text.partition("/")
-    address = ipaddress.ip_address(address_text.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    name = network = LOCALHOST if address.is_loopback else str(address)
-    has_network = address.version == 6 and not address.is_loopback
+    ip = ipaddress.ip_address(address_text.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    address = network = LOCALHOST if ip.is_loopback else str(ip)
+    has_network = ip.version == 6 and not ip.is_loopback
     if has_network:
-        network = str(ipaddress.ip_network((address, 64), strict=False))
+        network = str(ipaddress.ip_network((ip, 64), strict=False))
     if bits and not (has_network and bits == "64"):  # no other network can be banned
         raise ValueError(text)
-    return Host(network if bits else name, network)
+    return Host(network if bits else address, network)
 
 
 class Clock:
@@ -612,7 +616,7 @@ class Clock:
 class TokenBucket:
     """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent.
 
-    One time says it all (the generic cell rate algorithm).
+    `ready_at` is all that it has to remember (the generic cell rate algorithm).
     """
 
     def __init__(self, rate: float) -> None:
@@ -631,7 +635,7 @@ class Quota:
         self.spare = spare  # places for departing people, where no others are free
         self.bucket = TokenBucket(rate)
         self.connections = 0
-        self.departing: dict[Person, None] = {}  # they are not counted
+        self.departing: dict[Person, None] = {}  # part of `connections`, but they take no place
         self.wrong_passwords = 0
 
     @property
@@ -641,37 +645,40 @@ class Quota:
 
     @property
     def departing_limit(self) -> int:
-        """How many may be departing: all free places may be used; without a limit, the spare."""
+        """How many may be departing: with 30 places free and 16 spare, 30; with 3 free, 16."""
         return max(self.spare, self.free) if self.limit else self.spare
 
 
-# State          What happens                            Next state
-# CONNECTING     telnet: nothing more is needed          AWAITING_NAME, with a greeting
-#                browser: it asks for a WebSocket        AWAITING_NAME, with a greeting
-#                browser: something else, or no request  CLOSING
-# AWAITING_NAME  a valid name that is free               CHATTING; the others are told
-#                an invalid or taken one                 AWAITING_NAME; after NAME_TRIES CLOSING
-#                a line that is too long or looks like   CLOSING
-#                HTTP, no name in time
-# both of these  rejected: too many people, or a ban     CLOSING
-# CHATTING       kicked                                  CLOSING; the others are told
-# all of these   /quit, DISCONNECT                       CLOSING; if CHATTING, the others are told
-#                shutdown                                CLOSING
-#                too far behind, an error, lost for too  CLOSING, and dropped at once; if CHATTING,
-#                long                                    the others are told
-# CLOSING        all is sent, and the peer has closed    forgotten
-#                an error, no end in time                dropped
-# any state      departing, where too many are           dropped
-#
-# Only Chat.greet, Chat._join and Chat.disconnect change the state; Reactor._close forgets.
-# Besides, in any state a person may be
-#   lost       (Reactor._lose) nothing can be sent any more; what they sent is processed, even a
-#              name, up to EOF
-#   at EOF     (Reactor._read) nothing more can be read
-#   departing  CLOSING, lost or rejected: they take no place (Quota.departing)
-#   done       CLOSING, and nothing is pending: the peer has to close
-# A caller is a person who is not CHATTING yet, a reader one who is.
 class State(Enum):
+    """Where a person stands.
+
+    State          What happens                            Next state
+    CONNECTING     telnet: nothing more is needed          AWAITING_NAME, with a greeting
+                   browser: it asks for a WebSocket        AWAITING_NAME, with a greeting
+                   browser: something else, or no request  CLOSING
+                   rejected: too many people, or a ban     CLOSING
+    AWAITING_NAME  a valid name that is free               CHATTING; the others are told
+                   an invalid or taken one                 AWAITING_NAME; after NAME_TRIES CLOSING
+                   a line that is too long or looks like   CLOSING
+                   HTTP, no name in time, rejected
+    CHATTING       kicked                                  CLOSING; the others are told
+    any but        /quit, DISCONNECT                       CLOSING; if CHATTING, the others are told
+    CLOSING        shutdown                                CLOSING
+                   too far behind, an error, lost for too  CLOSING, and closed at once; if CHATTING,
+                   long                                    the others are told
+    CLOSING        all is sent, and the peer has closed    closed
+                   an error, no end in time                closed
+    any            departing, where too many are           closed
+
+    Only Chat.greet, Chat._join and Chat.disconnect change the state, and Reactor._close closes.
+    Besides, in any state a person may be
+      lost       (Reactor._lose) nothing can be sent; what they sent is processed, even a name
+      at EOF     (Reactor._read) nothing more can be read
+      departing  CLOSING, lost or rejected: they take no place (Quota.departing)
+      done       CLOSING, and nothing is pending: the peer has to close
+    A caller is a person who is not CHATTING yet, a reader one who is.
+    """
+
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
 
 
@@ -682,7 +689,7 @@ NEXT_STATES = {
     CHATTING: (CLOSING,),
     CLOSING: (),
 }
-NEVER = float("inf")
+NEVER = math.inf
 STATE_SECONDS = {
     CONNECTING: HEAD_SECONDS,
     AWAITING_NAME: NAME_SECONDS,
@@ -699,8 +706,8 @@ class Person:
     quota: Quota
     bucket: TokenBucket
 
-    def __init__(self, origin: str, log: Log, now: float) -> None:
-        self.origin = origin  # where they connected from, for the server log
+    def __init__(self, label: str, log: Log, now: float) -> None:
+        self.label = label  # where they connected from, for the server log
         self.protocol = log.protocol_class()
         self.outbox = Outbox(log)
         self.state = CONNECTING
@@ -711,11 +718,11 @@ class Person:
         self.name = ""
         self.prompts = 0  # for a name, so far
         self.operator = False
-        self.virtual_time = 0.0  # fair queueing: the lowest is served first; tokens raise it
+        self.virtual_time = 0.0  # fair queueing: who has the lowest is served first
 
     def enter(self, state: State, now: float) -> None:
-        """Change the state."""
-        assert state in NEXT_STATES[self.state], (self.state, state)
+        if state not in NEXT_STATES[self.state]:
+            raise RuntimeError(f"{state} after {self.state}")
         self.state, self.state_since = state, now
 
     @property
@@ -750,6 +757,7 @@ class Limiter:
 
         One that a proxy has made is removed, and added again with the address that it tells.
         """
+        person.reject_code = ""
         person.host = parse_host(address)
         person.quota = self.quota_for(self.source_of(person.host))
         person.bucket = TokenBucket(self.settings.rate)
@@ -760,7 +768,7 @@ class Limiter:
         if person.is_departing:
             self.mark_departing(person)
         if self.settings.rate:  # whoever reconnects must not be served first
-            self._move_back(person, JOIN_TOKENS)
+            self._move_back(person, JOIN_TOKENS - LINE_TOKENS)
 
     def source_of(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
@@ -809,7 +817,7 @@ class Limiter:
             self._move_back(person, tokens)
 
     def _move_back(self, person: Person, tokens: float) -> None:
-        """Move a person back by the time in which their share of the address earns the tokens."""
+        """Raise `virtual_time`: for 1 token by 0.1 s, if their share of the address is 10/s."""
         share = person.quota.bucket.rate / person.quota.connections
         person.virtual_time = max(person.virtual_time, self.clock.now) + tokens / share
 
@@ -828,7 +836,7 @@ class Limiter:
     def banned_minutes(self, *sources: str) -> int:
         """Minutes until the last ban of these ends; 0 if there is none."""
         until = max(self.clock.now, *(self.bans.get(source, 0) for source in sources))
-        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # rounding adds no minute
+        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # 5.0000001 are 5
 
 
 # ---
@@ -950,7 +958,7 @@ class Chat:
     def __init__(self, protocol_classes: Iterable[type[Protocol]], limiter: Limiter) -> None:
         self.limiter = limiter
         self.settings, self.clock = limiter.settings, limiter.clock
-        self.room = os.urandom(8).hex()  # tells this run of the server from others
+        self.run_id = os.urandom(8).hex()  # tells this run of the server from others
         self.logs = {each: Log(each) for each in protocol_classes}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
@@ -963,18 +971,20 @@ class Chat:
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # The state machine
-    def handle(self, person: Person, message: Input) -> None:
-        """Do what a line or signal means in this state: see State."""
+    def handle(self, person: Person, parsed: Parsed) -> None:
+        """Do what a line or report means in this state: see State."""
         self.limiter.charge(person, LINE_TOKENS)
         try:
-            if message is DISCONNECT:
+            if parsed is DISCONNECT:
                 self.disconnect(person, why=person.lost_why or "the connection ended")
-            elif message is OPENED:
+            elif parsed is OPENED:
                 self.greet(person)
+            elif person.state is AWAITING_NAME:
+                self._take_name(person, parsed)
             elif person.state is CHATTING:
-                self._take_line(person, message)
+                self._take_line(person, parsed)
             else:
-                self._take_name(person, message)
+                raise RuntimeError(f"{parsed!r} in {person.state}")
         except Refused as error:
             self.send(person, "error", code=error.code, text=str(error))
             if person.state is AWAITING_NAME:
@@ -1046,7 +1056,7 @@ class Chat:
         """Greet a caller and ask for a name, or say why they may not join."""
         address = person.protocol.forwarded_for
         if address:  # from a proxy: count them under this address
-            person.origin = f"{address} through {person.origin}"
+            person.label = f"{address} through {person.label}"
             self.limiter.remove(person)
             self.limiter.add(person, address)
         if not self._reject(person):
@@ -1054,10 +1064,10 @@ class Chat:
             self.send(
                 person,
                 "greeting",
-                protocol=PROTOCOL_VERSION,
+                protocol=EVENTS_VERSION,
                 banner=BANNER,
                 text=self.settings.welcome,
-                room=self.room,
+                room=self.run_id,
                 max_line=LINE_LIMIT,
             )
             self._ask_for_name(person)
@@ -1092,7 +1102,7 @@ class Chat:
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.settings.history:
             self.send_raw(person, self.history.encode(type(person.protocol)))
-        logger.info("%s joined from %s (%d here)", name, person.origin, len(self.people))
+        logger.info("%s joined from %s (%d here)", name, person.label, len(self.people))
 
     def disconnect(self, person: Person, code: str = "", why: str = "", **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
@@ -1100,24 +1110,28 @@ class Chat:
         A `code` is that of a `closing` event for the person, with the text in CLOSING_TEXT, which
         is filled with `fields`.  Where there is none, `why` says the reason in the server log.
         """
-        if person.state is CHATTING:
+        was_chatting = person.state is CHATTING
+        person.enter(CLOSING, self.clock.now)  # at first: if a step fails, it is not taken again
+        self.limiter.mark_departing(person)
+        self.to_reconcile[person] = None
+        if was_chatting:
             self._release_name(person)
             person.outbox.log.readers.pop(person, None)
             person.outbox.leave()
             self._ignorers.pop(person, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(person)
-            self.publish("kicked" if code == "kicked" else "quit", person, **fields)
+            if code == "kicked":
+                self.publish("kicked", person, **fields)
+            else:
+                self.publish("quit", person)
             here = len(self.people)
-            logger.info("%s left: %s (%s, %d here)", person.name, why or code, person.origin, here)
+            logger.info("%s left: %s (%s, %d here)", person.name, why or code, person.label, here)
         else:
-            logger.debug("%s left before joining: %s", person.origin, why or code)
-        person.enter(CLOSING, self.clock.now)
-        self.limiter.mark_departing(person)
+            logger.debug("%s left before joining: %s", person.label, why or code)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
         self.send_raw(person, person.protocol.close(code))
-        self.to_reconcile[person] = None  # also where there was nothing to send
 
     # Names
     def _available_name(self, person: Person, text: str) -> str:
@@ -1140,7 +1154,9 @@ class Chat:
             return self.people[key]
         if former:
             for given_up, old_key, person in reversed(self._former_names):
-                if old_key == key and given_up > oldest:
+                if given_up <= oldest:
+                    break
+                if old_key == key:
                     return person
         raise Refused(f"Nobody here is called {name}.")
 
@@ -1205,7 +1221,7 @@ class Chat:
         self.people[name_key(name)] = person
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
         self.publish("renamed", person, to=name)
-        logger.info("%s is now %s (%s)", person.name, name, person.origin)
+        logger.info("%s is now %s (%s)", person.name, name, person.label)
         person.name = name  # at the end: the event has the name before
 
     @command("/ignore NAME", "hide what somebody says, or show it again")
@@ -1232,10 +1248,10 @@ class Chat:
             raise Refused("This server has no operators.")
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
             person.operator = True
-            logger.info("%s is an operator (%s)", person.name, person.origin)
+            logger.info("%s is an operator (%s)", person.name, person.label)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
-        logger.info("%s gave a wrong password (%s)", person.name, person.origin)
+        logger.info("%s gave a wrong password (%s)", person.name, person.label)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
@@ -1248,7 +1264,7 @@ class Chat:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise Refused(f"{name} has left already.")
-        logger.info("%s kicked %s (%s)", person.name, other.name, person.origin)
+        logger.info("%s kicked %s (%s)", person.name, other.name, person.label)
         self.disconnect(other, "kicked", by=person.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
@@ -1301,7 +1317,7 @@ SOCKET_OPTIONS = [
         ("TCP_NODELAY", 1),  # a line is sent at once
         ("SO_OOBINLINE", 1),  # telnet sends part of Ctrl-C as urgent data
         # A buffer that the system lets grow would hide that a reader has stalled.
-        ("SO_SNDBUF", 2 << 20),  # bytes; Linux doubles it
+        ("SO_SNDBUF", 2 << 20),  # bytes; Linux takes net.core.wmem_max at most, and doubles it
         ("SO_KEEPALIVE", 1),
         ("TCP_KEEPIDLE", 60),  # seconds of silence before the first probe
         ("TCP_KEEPALIVE", 60),  # macOS's name for it
@@ -1317,8 +1333,8 @@ RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_L
 class Connection(Person):
     """A person and their socket."""
 
-    def __init__(self, sock: socket.socket, origin: str, log: Log, now: float) -> None:
-        super().__init__(origin, log, now)
+    def __init__(self, sock: socket.socket, label: str, log: Log, now: float) -> None:
+        super().__init__(label, log, now)
         self.sock = sock
         self.read_buffer = b""  # read, but not fed to the protocol yet
         self.unscanned = False  # something was read since the last scan for Ctrl-C
@@ -1334,7 +1350,7 @@ class Reactor:
     How connections end:
 
         Chat.disconnect  CLOSING; what is pending is sent, and nothing more is processed
-        _lose    lost; what was read is processed up to EOF, then Chat.disconnect
+        _lose            lost; what was read is processed up to EOF, then Chat.disconnect
         _abort           Chat.disconnect, and _close with a reset
         _close           forgotten: all end here, those that are done when the peer has closed
     """
@@ -1423,7 +1439,7 @@ class Reactor:
         if self.chat.to_reconcile or self.chat.new_bytes:  # since `_broadcast`
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
-        if until > self.clock.now:
+        if until > self.clock.now:  # many tokens at a time
             until = max(until, self.clock.now + POLL_SECONDS)
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
@@ -1475,7 +1491,7 @@ class Reactor:
         change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
         for conn in self._lagging():
-            # Try to send: the selector reports space only when a lot is free.
+            # Have it try to send again: the selector reports space only when a lot is free.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
@@ -1508,7 +1524,7 @@ class Reactor:
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.clock.now >= conn.deadline:
             if conn.state is CLOSING or conn.lost_why:
-                self._abort(conn, "lost for too long")
+                self._abort(conn, "lost for too long")  # of a CLOSING one, nobody is told
             else:
                 self.chat.disconnect(conn, "timeout")
         elif ping and not conn.outbox.has_pending and conn not in self.with_input:
@@ -1525,21 +1541,21 @@ class Reactor:
             return
         for _ in range(ACCEPT_BATCH):
             try:
-                sock, name = listener.accept()
+                sock, peer = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:  # no descriptors, for example; the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
-            if not name:  # on macOS: the caller is gone again
+            if not peer:  # on macOS: the caller is gone again
                 continue
-            address, port = name[:2]
-            origin = re.sub("^::ffff:", "", address)  # IPv4 without its IPv6 prefix
+            address, port = peer[:2]
+            label = f"{re.sub('^::ffff:', '', address)} port {port}"  # IPv4 without its IPv6 prefix
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            conn = Connection(sock, f"{origin} port {port}", log, self.clock.now)
+            conn = Connection(sock, label, log, self.clock.now)
             self.limiter.add(conn, address)
             self.connections[conn] = None
             self._guard(self._admit, conn)
@@ -1576,7 +1592,7 @@ class Reactor:
         except OSError as error:
             why = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", conn.origin)
+            logger.exception("an internal error, with %s", conn.label)
             why = "an internal error"
         self._abort(conn, why)  # not in `except`: the traceback would keep a view of the log
 
@@ -1604,30 +1620,30 @@ class Reactor:
             self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
-        """Handle messages; then feed the protocol once, and handle what comes of it."""
+        """Handle what is parsed; then feed the protocol once, and handle what comes of it."""
         self.chat.to_reconcile[conn] = None
         # To the end: equal ones take turns, for sorted() is stable.
         self.with_input[conn] = self.with_input.pop(conn)
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        drained = self._handle_messages(conn)
+        drained = self._handle_parsed(conn)
         if drained and (conn.read_buffer or conn.eof):
             data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
             self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
             conn.protocol.feed(data)  # b"" is the end of the stream
-            drained = self._handle_messages(conn)
+            drained = self._handle_parsed(conn)
         if drained and not conn.read_buffer and not conn.eof:
             del self.with_input[conn]
 
-    def _handle_messages(self, conn: Connection) -> bool:
-        """Handle messages until there are none; False if the person has to wait, or has left."""
+    def _handle_parsed(self, conn: Connection) -> bool:
+        """Handle all that is parsed; False if the person has to wait before, or has left."""
         while conn.state is not CLOSING and self._ready_at(conn) <= self.clock.now:
-            message = conn.protocol.next()
+            parsed = conn.protocol.next()
             if conn.protocol.replies:
                 self._send_replies(conn)
-            if message is None:
+            if parsed is None:
                 return True
-            self.chat.handle(conn, message)
-            if message is OPENED:
+            self.chat.handle(conn, parsed)
+            if parsed is OPENED:
                 self._evict(conn)  # `greet` may have counted them under another address
         return False
 
@@ -1658,7 +1674,7 @@ class Reactor:
             if conn.eof:
                 self._close(conn)
                 return
-            # Closing with input unread resets the connection (RFC 1122, 4.2.2.13).
+            # No close yet: with input unread, it resets the connection (RFC 1122, 4.2.2.13).
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_WR)
         mask = WRITE if conn in self.blocked else 0
@@ -1669,7 +1685,7 @@ class Reactor:
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
             try:
-                # Where only an empty splice is pending, `leave` made it.
+                # Splices may be empty: then there is nothing to send, but to go on behind them.
                 conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
@@ -1766,7 +1782,7 @@ def read_password(path: str) -> str:
             line = file.readline(LINE_LIMIT).decode("utf-8-sig")
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
                 logger.warning("everybody on this machine can read %s", path)
-        password, why = clean(line).strip(), "its first line is empty"
+        why, password = "its first line is empty", clean(line).strip()
     except (OSError, UnicodeDecodeError) as error:
         password, why = "", getattr(error, "strerror", "it is not UTF-8")
     if not password:
@@ -1967,6 +1983,10 @@ def unmask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
+class Phase(Enum):
+    REQUEST, OPEN, ENDED = range(3)
+
+
 class Web(Protocol):
     """A browser or a bot: one HTTP request, which gets a response or opens a WebSocket.
 
@@ -1976,28 +1996,33 @@ class Web(Protocol):
     ECHO = True  # the confirmation, with the id of the event
     PING_DATA = frame(PING, b"")
 
-    opened = False  # until the request opens a WebSocket
-
     def __init__(self) -> None:
+        self._phase = Phase.REQUEST
         self._data = b""
-        self._ended = False  # nothing more will be fed
-        self._message: bytes | None = None  # the fragments so far, within a message
+        self._eof = False  # nothing more will be fed
+        self._fragments: bytes | None = None  # those so far, within a message
         self._lines: deque[bytes] = deque()  # the rest of the last message
 
     @staticmethod
     def encode(event: Event) -> bytes:
         return frame(TEXT_FRAME, encode_json(event).encode())
 
+    @property
+    def opened(self) -> bool:
+        return self._phase is Phase.OPEN
+
     def feed(self, data: bytes) -> None:
         self._data += data
-        self._ended = not data
+        self._eof = not data
 
-    def next(self) -> Input | None:
+    def next(self) -> Parsed | None:
+        if self._phase is Phase.REQUEST:
+            return self._parse_head()
         while not self._lines:
             if not self.opened:
-                return self._parse_head()
+                return DISCONNECT
             if not self._parse_frame():
-                return DISCONNECT if self._ended else None
+                return DISCONNECT if self._eof else None
         return clean(decode_line(self._lines.popleft()))  # broken UTF-8 is mended, as on telnet
 
     def close(self, code: str) -> bytes:
@@ -2006,13 +2031,13 @@ class Web(Protocol):
         replies, self.replies = self.replies, b""
         return replies
 
-    def _parse_head(self) -> Input | None:
+    def _parse_head(self) -> Parsed | None:
         """Parse the head of the request, if it is complete, and answer."""
         head, *after = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
             return self._respond(431)
         if not after:
-            return DISCONNECT if self._ended else None
+            return DISCONNECT if self._eof else None
         try:
             method, path, fields = parse_request(head)
             if self.behind_proxy and "x-forwarded-for" in fields:
@@ -2030,7 +2055,7 @@ class Web(Protocol):
             return self._respond(200, PAGE, "html")
         return self._respond(404)
 
-    def _upgrade(self, fields: dict[str, str], after: bytes) -> Input:
+    def _upgrade(self, fields: dict[str, str], after: bytes) -> Parsed:
         """Open a WebSocket (RFC 6455, section 4.2); `after` came after the head."""
         key = fields.get("sec-websocket-key", "")
         if not key or "websocket" not in fields.get("upgrade", "").lower():
@@ -2043,10 +2068,10 @@ class Web(Protocol):
         accept = digest("sha1", key + WEBSOCKET_GUID)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
-        self.opened, self._data = True, after
+        self._phase, self._data = Phase.OPEN, after
         return OPENED
 
-    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Signal:
+    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Report:
         """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
@@ -2062,19 +2087,19 @@ class Web(Protocol):
             f"Content-Security-Policy: {PAGE_POLICY}",
         ]
         self.replies += "\r\n".join([*lines, "", ""]).encode()
-        if not self._data.startswith(b"HEAD "):
+        if not self._data.startswith(b"HEAD "):  # which an error leaves unparsed
             self.replies += data
         return DISCONNECT
 
     def _parse_frame(self) -> bool:
-        """Parse the next frame; False if it is not complete, or was the last."""
+        """Parse the next frame; False if it is not complete."""
         data = self._data
         if len(data) < 2:
             return False
         final, opcode, size = data[0] & FINAL, data[0] & 0x0F, data[1] & 0x7F
         start = 6  # of the payload, after two bytes and the mask
         control = opcode in (CLOSE, PING, PONG)
-        expected = TEXT_FRAME if self._message is None else CONTINUATION
+        expected = TEXT_FRAME if self._fragments is None else CONTINUATION
         good = (final and size < 126) if control else opcode == expected
         if not good or data[0] & RESERVED or not data[1] & MASKED:
             return self._end(1003 if opcode == BINARY_FRAME else 1002)
@@ -2083,7 +2108,7 @@ class Web(Protocol):
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
-        if not control and len(self._message or b"") + size > LINE_LIMIT:
+        if not control and len(self._fragments or b"") + size > LINE_LIMIT:
             return self._end(1009)  # too big
         end = start + size
         if len(data) < end:
@@ -2097,17 +2122,17 @@ class Web(Protocol):
             legal = not payload or (1000 <= code <= 4999 and code not in (1005, 1006, 1015))
             return self._end(code if legal else 1002)
         elif not control:
-            message = (self._message or b"") + payload
-            self._message = None if final else message
+            message = (self._fragments or b"") + payload
+            self._fragments = None if final else message
             if final:  # in bytes, only CR and LF end lines; the last needs no end
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
     def _end(self, code: int) -> bool:
-        """Send a close frame with this code, if it is not 0; False: nothing more is parsed."""
+        """Send a close frame with this code, if it is not 0."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
-        self.opened, self._ended = False, True
-        return False
+        self._phase = Phase.ENDED
+        return True
 
 
 STYLE = """
@@ -2146,7 +2171,7 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 SHARED = {
     "templates": TEMPLATES,
     "SPOKEN": SPOKEN,
-    "PROTOCOL": PROTOCOL_VERSION,
+    "EVENTS_VERSION": EVENTS_VERSION,
     "OP": OP,
     "LOST_SECONDS": LOST_SECONDS,
     "SAYING": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
@@ -2209,7 +2234,7 @@ function receive(event) { (handlers[event.type] || show)(event); }
 const handlers = {
   greeting(event) {
     const query = `?${event.protocol}`;
-    if (event.protocol !== PROTOCOL && location.search !== query) {  // this page is old: load the new one, once
+    if (event.protocol !== EVENTS_VERSION && location.search !== query) {  // this page is old: load the new one, once
       socket.close();
       return location.replace(query);
     }

@@ -196,7 +196,7 @@ class Guest(batchat.Person):
         chat.limiter.add(self, host)
         chat.greet(self)
 
-    def types(self, *lines: batchat.Input):
+    def types(self, *lines: batchat.Parsed):
         for line in lines:
             if self.state is not CLOSING:
                 self.chat.handle(self, line)
@@ -2265,14 +2265,14 @@ def test_first_events_of_a_caller(kept, ann):
     said = {"type": "said", "id": 3, "at": 0, "name": "ann", "text": "hi"}
     greeting = {"protocol": 1, "banner": batchat.BANNER, "text": Settings().welcome}
     assert eve.read().splitlines(True) == [
-        event("greeting", **greeting, room=kept.chat.room, max_line=4096),
+        event("greeting", **greeting, room=kept.chat.run_id, max_line=4096),
         *(prompt, event("error", code="bad_name", text=NAME_RULE), prompt),
         event("welcome", text="Hey, eve! Hope you enjoy the chat.", name="eve"),
         event("history", events=[said]),
     ]
     joined = public("joined", name="eve")
     assert bob.read().endswith(joined + event("quit", id=5, at=7, name="eve"))
-    assert len({Room().chat.room for _ in range(9)}) == 9  # random for each run
+    assert len({Room().chat.run_id for _ in range(9)}) == 9  # random for each run
 
 
 @cases("line, why", ("/kick eve", NO_REASON), ("/kick eve why", "why"))
@@ -2317,7 +2317,7 @@ def test_proxy_tells_the_address_of_a_browser(worlds):
     assert b'"code":"crowded"' in callers[2].got
     counted = {name: each.connections for name, each in world.reactor.limiter.quotas.items()}
     assert counted == {"localhost": 2, told: 3, "2001:db8::/64": 1}
-    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", callers[0].connection.origin)
+    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", callers[0].connection.label)
 
 
 def test_proxy_caller_who_is_banned_is_told(worlds):
@@ -3126,7 +3126,7 @@ def test_rejected_callers_take_no_place(worlds, limits, protocol, host, most):
 @cases(
     "call, error",
     *[(call, errno.ENOMEM) for call in CALLS],
-    *[(call, OURS) for call in ("recv", "register", "check_name")],
+    *[(call, OURS) for call in ("recv", "register", "check_name", "publish")],
 )
 def test_failed_call_costs_one_connection(world, monkeypatch, call, error):
     """The log says why; for errors of ours, with a traceback."""
@@ -3134,6 +3134,10 @@ def test_failed_call_costs_one_connection(world, monkeypatch, call, error):
     mike.faults[call] = error
     if call == "check_name":
         monkeypatch.setattr(batchat, call, lambda _: mike.sock.call(call))
+    chat, publish = world.reactor.chat, world.reactor.chat.publish
+    if call == "publish":  # that mike has left
+        fail = {"quit": lambda *_: mike.sock.call(call)}
+        chat.publish = lambda kind, *who, **how: fail.get(kind, publish)(kind, *who, **how)
     mike.types("mike")
     world.wait()
     mike.accepts(0)  # which asks the selector for another event
