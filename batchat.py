@@ -148,7 +148,7 @@ PROCESS_SECONDS = 0.05  # for processing input in one iteration
 POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
 
 # Backpressure: a reader whose socket is full keeps the log from being trimmed.
-# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Parsed
+# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Input
 # also waits when one iteration has made that many new bytes.  So a log is never longer than twice
 # LAG_LIMIT, plus a few events.
 LAG_LIMIT = 512 << 10  # bytes
@@ -177,7 +177,7 @@ ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
 LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
-LINE_TOKENS = 1  # of every line or report; it is part of those below
+LINE_TOKENS = 1  # of every line or control; it is part of those below
 JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 25  # everyone has to learn the new name
 WRONG_PASSWORD_TOKENS = 50
@@ -290,7 +290,7 @@ class Outbox:
         self._splice(at, data, at)
 
     def exclude_newest(self) -> None:
-        """Leave out the event that was appended just now; they are a reader, so one was."""
+        """Leave out the event that was appended just now; only for readers of the log."""
         self._splice(self.log.newest, b"", self.log.end)
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
@@ -335,8 +335,8 @@ class Outbox:
 # ---
 # 4. Protocol, Telnet
 
-class Report(Enum):
-    """What a protocol reports besides lines."""
+class Control(Enum):
+    """What a protocol says besides lines."""
 
     OPENED = 1  # a WebSocket is open
     TOO_LONG = 2  # in place of a line over LINE_LIMIT
@@ -344,17 +344,17 @@ class Report(Enum):
 
 
 # Final, so that a type checker can tell them apart.
-OPENED: Final = Report.OPENED
-TOO_LONG: Final = Report.TOO_LONG
-DISCONNECT: Final = Report.DISCONNECT
-Line = Union[str, Literal[Report.TOO_LONG]]
-Parsed = Union[Line, Report]
+OPENED: Final = Control.OPENED
+TOO_LONG: Final = Control.TOO_LONG
+DISCONNECT: Final = Control.DISCONNECT
+Line = Union[str, Literal[Control.TOO_LONG]]
+Parsed = Union[Line, Control]
 
 
 class Protocol:
     """A protocol without sockets.
 
-    What was read is given to `feed`, in parts.  After each, `next` returns lines and reports until
+    What was read is given to `feed`, in parts.  After each, `next` returns lines and controls until
     it returns None.  After DISCONNECT there is only `close`.
     """
 
@@ -379,7 +379,7 @@ class Protocol:
         raise NotImplementedError
 
     def next(self) -> Parsed | None:
-        """The next line or report; None if more must be fed first."""
+        """The next line or control; None if more must be fed first."""
         raise NotImplementedError
 
     def scan_for_interrupt(self, unfed: bytes) -> bool:
@@ -662,18 +662,20 @@ class State(Enum):
                    a line that is too long or looks like   CLOSING
                    HTTP, no name in time, rejected
     CHATTING       kicked                                  CLOSING; the others are told
-    any but        /quit, DISCONNECT                       CLOSING; if CHATTING, the others are told
-    CLOSING        shutdown                                CLOSING
-                   too far behind, an error, lost for too  CLOSING, and closed at once; if CHATTING,
-                   long                                    the others are told
+    not CLOSING    /quit, DISCONNECT                       CLOSING; the others are told (*)
+                   shutdown                                CLOSING
+                   too far behind, an error, lost for      CLOSING; the others are told (*), and
+                   too long, evicted (see Limiter)         closed at once
     CLOSING        all is sent, and the peer has closed    closed
-                   an error, no end in time                closed
-    any            departing, where too many are           closed
+                   an error, not in time, evicted, or the  closed
+                   server ends
+    (*) if they were CHATTING
 
     Only Chat.greet, Chat._join and Chat.disconnect change the state, and Reactor._close closes.
     Besides, in any state a person may be
       lost       (Reactor._lose) nothing can be sent; what they sent is processed, even a name
       at EOF     (Reactor._read) nothing more can be read
+      rejected   (Limiter.add) before they are CHATTING; then disconnected, with the reason
       departing  CLOSING, lost or rejected: they take no place (Quota.departing)
       done       CLOSING, and nothing is pending: the peer has to close
     A caller is a person who is not CHATTING yet, a reader one who is.
@@ -767,7 +769,7 @@ class Limiter:
                 person.reject_code = code
         if person.is_departing:
             self.mark_departing(person)
-        if self.settings.rate:  # whoever reconnects must not be served first
+        if self.settings.rate:  # anyone who reconnects must not be served first for that
             self._move_back(person, JOIN_TOKENS - LINE_TOKENS)
 
     def source_of(self, host: Host) -> str:
@@ -801,8 +803,8 @@ class Limiter:
         """A departing connection to close, if there are too many like this one; else None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > quota.departing_limit:
-                # First those who are done, and last the lost: what they sent is still to be said.
-                # Among equals, the one who has used most.
+                # First those who are done, then others who are CLOSING; last the lost, as what they
+                # sent is still to be said.  Among equals, the one who has used most.
                 return max(
                     quota.departing,
                     key=lambda one: (one.is_done, one.state is CLOSING, one.virtual_time),
@@ -836,7 +838,7 @@ class Limiter:
     def banned_minutes(self, *sources: str) -> int:
         """Minutes until the last ban of these ends; 0 if there is none."""
         until = max(self.clock.now, *(self.bans.get(source, 0) for source in sources))
-        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # 5.0000001 are 5
+        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # floats: 5.0000001 minutes are 5
 
 
 # ---
@@ -886,7 +888,8 @@ class Refused(Exception):
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# "/op" with any kind of slash or letters, also after punctuation, is never said.
+# "/op" with any kind of slash or letters, also after punctuation, is never said.  "/op-ed" is not,
+# either: it is better to refuse too much than to tell a password.
 OP = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"  # the page uses it, too
 PASSWORD_LINE = re.compile(rf"[\W_]*{OP}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
@@ -966,13 +969,13 @@ class Chat:
         self.to_reconcile: dict[Any, None] = {}  # the people for whom something has changed
         self.new_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
-        # When each was given up, its name_key, and whose it was (so closed ones are kept for long).
+        # When it was given up, its name_key, its owner; so people who left are kept for a while.
         self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES_LIMIT)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # The state machine
     def handle(self, person: Person, parsed: Parsed) -> None:
-        """Do what a line or report means in this state: see State."""
+        """Do what a line or control means in this state: see State."""
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if parsed is DISCONNECT:
@@ -1111,7 +1114,7 @@ class Chat:
         is filled with `fields`.  Where there is none, `why` says the reason in the server log.
         """
         was_chatting = person.state is CHATTING
-        person.enter(CLOSING, self.clock.now)  # at first: if a step fails, it is not taken again
+        person.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
         self.limiter.mark_departing(person)
         self.to_reconcile[person] = None
         if was_chatting:
@@ -1222,7 +1225,7 @@ class Chat:
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
         self.publish("renamed", person, to=name)
         logger.info("%s is now %s (%s)", person.name, name, person.label)
-        person.name = name  # at the end: the event has the name before
+        person.name = name  # last: the event and the log have the old name, too
 
     @command("/ignore NAME", "hide what somebody says, or show it again")
     def _ignore(self, person: Person, name: str) -> None:
@@ -1436,7 +1439,7 @@ class Reactor:
 
     def _timeout(self) -> float:
         """Seconds to wait for sockets: until tokens are there, or something is due."""
-        if self.chat.to_reconcile or self.chat.new_bytes:  # since `_broadcast`
+        if self.chat.to_reconcile or self.chat.new_bytes:  # by `_tick`, for example
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
         if until > self.clock.now:  # many tokens at a time
@@ -1524,7 +1527,7 @@ class Reactor:
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.clock.now >= conn.deadline:
             if conn.state is CLOSING or conn.lost_why:
-                self._abort(conn, "lost for too long")  # of a CLOSING one, nobody is told
+                self._abort(conn, "lost for too long")  # for CLOSING ones, the reason is not used
             else:
                 self.chat.disconnect(conn, "timeout")
         elif ping and not conn.outbox.has_pending and conn not in self.with_input:
@@ -2071,7 +2074,7 @@ class Web(Protocol):
         self._phase, self._data = Phase.OPEN, after
         return OPENED
 
-    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Report:
+    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Control:
         """Send a response, and close (RFC 9110)."""
         status = HTTPStatus(code)
         data = (body or f"{code} {status.phrase}\n").encode()
@@ -2080,7 +2083,7 @@ class Web(Protocol):
             f"Content-Type: text/{subtype}; charset=utf-8",
             f"Content-Length: {len(data)}",
             "Connection: close, Upgrade",
-            "Upgrade: websocket",  # which 426 needs, as 405 needs Allow
+            "Upgrade: websocket",  # 426 needs it, and 405 needs Allow; others may have both
             "Allow: GET, HEAD",
             "Cache-Control: no-cache",
             "X-Content-Type-Options: nosniff",
@@ -2098,9 +2101,9 @@ class Web(Protocol):
             return False
         final, opcode, size = data[0] & FINAL, data[0] & 0x0F, data[1] & 0x7F
         start = 6  # of the payload, after two bytes and the mask
-        control = opcode in (CLOSE, PING, PONG)
+        is_control = opcode in (CLOSE, PING, PONG)
         expected = TEXT_FRAME if self._fragments is None else CONTINUATION
-        good = (final and size < 126) if control else opcode == expected
+        good = (final and size < 126) if is_control else opcode == expected
         if not good or data[0] & RESERVED or not data[1] & MASKED:
             return self._end(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
@@ -2108,7 +2111,7 @@ class Web(Protocol):
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
-        if not control and len(self._fragments or b"") + size > LINE_LIMIT:
+        if not is_control and len(self._fragments or b"") + size > LINE_LIMIT:
             return self._end(1009)  # too big
         end = start + size
         if len(data) < end:
@@ -2121,7 +2124,7 @@ class Web(Protocol):
             code = int.from_bytes(payload[:2], "big")  # we answer with the same
             legal = not payload or (1000 <= code <= 4999 and code not in (1005, 1006, 1015))
             return self._end(code if legal else 1002)
-        elif not control:
+        elif not is_control:
             message = (self._fragments or b"") + payload
             self._fragments = None if final else message
             if final:  # in bytes, only CR and LF end lines; the last needs no end
