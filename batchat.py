@@ -52,7 +52,7 @@ logger = logging.getLogger("batchat")
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
 # that `text_of` makes of it.
 Event = Dict[str, Any]
-EVENTS_VERSION = 1  # of events; a page that was made for another one reloads itself
+EVENTS_VERSION = 1  # `protocol` in a greeting: a page that was made for another one reloads itself
 
 BANNER = r"""
    ____      _       _____     ____   _   _      _       _____   
@@ -338,17 +338,17 @@ class Outbox:
 class Control(Enum):
     """What a protocol says besides lines."""
 
-    OPENED = 1  # a WebSocket is open
-    TOO_LONG = 2  # in place of a line over LINE_LIMIT
-    DISCONNECT = 3  # Ctrl-C or Ctrl-D, or the protocol has ended
+    OPENED = 0  # a WebSocket is open
+    TOO_LONG = 1  # in place of a line over LINE_LIMIT
+    DISCONNECT = 2  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-# Final, so that a type checker can tell them apart.
+# Final, so that a type checker can tell them apart; Control.OPENED is slower to look up.
 OPENED: Final = Control.OPENED
 TOO_LONG: Final = Control.TOO_LONG
 DISCONNECT: Final = Control.DISCONNECT
-Line = Union[str, Literal[Control.TOO_LONG]]
-Parsed = Union[Line, Control]
+Typed = Union[str, Literal[Control.TOO_LONG]]
+Received = Union[str, Control]
 
 
 class Protocol:
@@ -362,7 +362,7 @@ class Protocol:
     PING_DATA = b""  # a ping, where the protocol has one
 
     replies = b""  # what the protocol itself answers
-    behind_proxy = False  # trust the peer's X-Forwarded-For (of Web)
+    trusts_forwarded_for = False  # of Web: whether the caller is our proxy
     forwarded_for = ""  # the address in it
 
     @staticmethod
@@ -378,7 +378,7 @@ class Protocol:
         """Take what the peer sent; b"" is the end of the stream."""
         raise NotImplementedError
 
-    def next(self) -> Parsed | None:
+    def next(self) -> Received | None:
         """The next line or control; None if more must be fed first."""
         raise NotImplementedError
 
@@ -394,12 +394,12 @@ class Protocol:
         return b""
 
 
-# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC).
+# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC) without slashes: /op is a command.
 ESCAPE = re.compile(
     r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -.]* [@-~]  # CSI, parameters, final byte
       | \x1bO [@-~]  # SS3 and its letter
       | \x1b\] [^\x07\x1b]* (?: \x07 | \x1b\\ | \Z )  # OSC up to its end
-      | \x1b [^\x1b/]?  # any other character, but not a slash: /op stays a command""",
+      | \x1b [^\x1b/]?  # any other character""",
     re.VERBOSE | re.DOTALL,
 )
 # Control characters, line separators, and bidirectional controls (Unicode UAX #9, 2.1 to 2.5).
@@ -518,8 +518,7 @@ class Telnet(Protocol):
         if not data:
             self._text += CTRL_D  # the end of the stream counts as one
             return
-        if self._scanned:
-            self._scanned = max(0, self._scanned - len(data))
+        self._scanned = max(0, self._scanned - len(data))
         text, self._incomplete, replies = split_commands(self._incomplete + data)
         if ending := LEAVING_KEY.search(text):  # what comes after it is ignored
             text = text[: ending.end()]
@@ -550,7 +549,7 @@ class Telnet(Protocol):
             self.replies += replies
         return CTRL_C in text or CTRL_C in self._text
 
-    def next(self) -> Parsed | None:
+    def next(self) -> Received | None:
         start, end = self._taken, self._text.find(b"\n", self._taken)
         if end < 0:
             if self._text.endswith((CTRL_C, CTRL_D)):
@@ -645,7 +644,7 @@ class Quota:
 
     @property
     def departing_limit(self) -> int:
-        """How many may be departing: with 30 places free and 16 spare, 30; with 3 free, 16."""
+        """How many may be departing: they may use free places, or at least the spare ones."""
         return max(self.spare, self.free) if self.limit else self.spare
 
 
@@ -678,13 +677,17 @@ class State(Enum):
       rejected   (Limiter.add) before they are CHATTING; then disconnected, with the reason
       departing  CLOSING, lost or rejected: they take no place (Quota.departing)
       done       CLOSING, and nothing is pending: the peer has to close
-    A caller is a person who is not CHATTING yet, a reader one who is.
+    A person is in Chat.people exactly if they are CHATTING.  A caller is one who is not yet, a
+    reader one who is.
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
 
 
-CONNECTING, AWAITING_NAME, CHATTING, CLOSING = State
+CONNECTING: Final = State.CONNECTING
+AWAITING_NAME: Final = State.AWAITING_NAME
+CHATTING: Final = State.CHATTING
+CLOSING: Final = State.CLOSING
 NEXT_STATES = {
     CONNECTING: (AWAITING_NAME, CLOSING),
     AWAITING_NAME: (CHATTING, CLOSING),
@@ -733,11 +736,6 @@ class Person:
         return min(self.state_since + STATE_SECONDS[self.state], self.lost_at + LOST_SECONDS)
 
     @property
-    def is_departing(self) -> bool:
-        """Whether they are about to go, and take no place any more."""
-        return self.state is CLOSING or bool(self.reject_code or self.lost_why)
-
-    @property
     def is_done(self) -> bool:
         """Whether they are CLOSING, and nothing is pending."""
         return self.state is CLOSING and not self.outbox.has_pending
@@ -761,18 +759,18 @@ class Limiter:
         """
         person.reject_code = ""
         person.host = parse_host(address)
-        person.quota = self.quota_for(self.source_of(person.host))
+        person.quota = self.quota_for(self.counted_source(person.host))
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
             quota.connections += 1
             if quota.limit and quota.free < 0:
                 person.reject_code = code
-        if person.is_departing:
+        if person.reject_code or person.lost_why:  # lost: before it was added again
             self.mark_departing(person)
         if self.settings.rate:  # anyone who reconnects must not be served first for that
-            self._move_back(person, JOIN_TOKENS - LINE_TOKENS)
+            self._serve_later(person, JOIN_TOKENS - LINE_TOKENS)
 
-    def source_of(self, host: Host) -> str:
+    def counted_source(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
         return host.address if host.network in self.own_networks else host.network
 
@@ -799,7 +797,7 @@ class Limiter:
             self.quotas[source] = Quota(limit, SPARE_PER_ADDRESS, rate)
         return self.quotas[source]
 
-    def to_evict(self, person: Person) -> Any:
+    def pick_to_evict(self, person: Person) -> Any:
         """A departing connection to close, if there are too many like this one; else None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > quota.departing_limit:
@@ -816,9 +814,9 @@ class Limiter:
         if self.settings.rate:
             person.bucket.spend(tokens, self.clock.now)
             person.quota.bucket.spend(tokens, self.clock.now)
-            self._move_back(person, tokens)
+            self._serve_later(person, tokens)
 
-    def _move_back(self, person: Person, tokens: float) -> None:
+    def _serve_later(self, person: Person, tokens: float) -> None:
         """Raise `virtual_time`: for 1 token by 0.1 s, if their share of the address is 10/s."""
         share = person.quota.bucket.rate / person.quota.connections
         person.virtual_time = max(person.virtual_time, self.clock.now) + tokens / share
@@ -961,7 +959,7 @@ class Chat:
     def __init__(self, protocol_classes: Iterable[type[Protocol]], limiter: Limiter) -> None:
         self.limiter = limiter
         self.settings, self.clock = limiter.settings, limiter.clock
-        self.run_id = os.urandom(8).hex()  # tells this run of the server from others
+        self.room_id = os.urandom(8).hex()  # tells this run of the server from others
         self.logs = {each: Log(each) for each in protocol_classes}
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
@@ -974,34 +972,34 @@ class Chat:
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # The state machine
-    def handle(self, person: Person, parsed: Parsed) -> None:
+    def handle(self, person: Person, received: Received) -> None:
         """Do what a line or control means in this state: see State."""
         self.limiter.charge(person, LINE_TOKENS)
         try:
-            if parsed is DISCONNECT:
-                self.disconnect(person, why=person.lost_why or "the connection ended")
-            elif parsed is OPENED:
+            if received is DISCONNECT:
+                self.disconnect(person, reason=person.lost_why or "the connection ended")
+            elif received is OPENED:
                 self.greet(person)
             elif person.state is AWAITING_NAME:
-                self._take_name(person, parsed)
+                self._take_name(person, received)
             elif person.state is CHATTING:
-                self._take_line(person, parsed)
+                self._take_line(person, received)
             else:
-                raise RuntimeError(f"{parsed!r} in {person.state}")
+                raise RuntimeError(f"{received!r} in {person.state}")
         except Refused as error:
             self.send(person, "error", code=error.code, text=str(error))
             if person.state is AWAITING_NAME:
                 self._ask_for_name(person)
 
-    def _take_name(self, person: Person, line: Line) -> None:
+    def _take_name(self, person: Person, line: Typed) -> None:
         if line is TOO_LONG or HTTP_REQUEST.match(line):  # a web request, long or not
-            self.disconnect(person, why="sent no name")
+            self.disconnect(person, reason="sent no name")
         elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
-            self.disconnect(person, why="quit")
+            self.disconnect(person, reason="quit")
         else:
             self._join(person, line)
 
-    def _take_line(self, person: Person, line: Line) -> None:
+    def _take_line(self, person: Person, line: Typed) -> None:
         if line is TOO_LONG:
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
@@ -1070,7 +1068,7 @@ class Chat:
                 protocol=EVENTS_VERSION,
                 banner=BANNER,
                 text=self.settings.welcome,
-                room=self.run_id,
+                room=self.room_id,
                 max_line=LINE_LIMIT,
             )
             self._ask_for_name(person)
@@ -1098,8 +1096,8 @@ class Chat:
         person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
         person.enter(CHATTING, self.clock.now)
-        self.publish("joined", person)  # before they read the log
         self.people[name_key(name)] = person
+        self.publish("joined", person)  # before they read the log
         person.outbox.log.readers[person] = None
         person.outbox.join()
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
@@ -1107,11 +1105,11 @@ class Chat:
             self.send_raw(person, self.history.encode(type(person.protocol)))
         logger.info("%s joined from %s (%d here)", name, person.label, len(self.people))
 
-    def disconnect(self, person: Person, code: str = "", why: str = "", **fields: Any) -> None:
+    def disconnect(self, person: Person, code: str = "", reason: str = "", **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
 
         A `code` is that of a `closing` event for the person, with the text in CLOSING_TEXT, which
-        is filled with `fields`.  Where there is none, `why` says the reason in the server log.
+        is filled with `fields`.  Where there is none, the server log gets a `reason`.
         """
         was_chatting = person.state is CHATTING
         person.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
@@ -1128,10 +1126,10 @@ class Chat:
                 self.publish("kicked", person, **fields)
             else:
                 self.publish("quit", person)
-            here = len(self.people)
-            logger.info("%s left: %s (%s, %d here)", person.name, why or code, person.label, here)
+            how = f"{reason or code} ({person.label}, {len(self.people)} here)"
+            logger.info("%s left: %s", person.name, how)
         else:
-            logger.debug("%s left before joining: %s", person.label, why or code)
+            logger.debug("%s left before joining: %s", person.label, reason or code)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
         self.send_raw(person, person.protocol.close(code))
@@ -1220,12 +1218,12 @@ class Chat:
         name = self._available_name(person, text)
         if name == person.name:
             raise Refused(f"You are {name} already.")
-        self._release_name(person)
-        self.people[name_key(name)] = person
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
-        self.publish("renamed", person, to=name)
         logger.info("%s is now %s (%s)", person.name, name, person.label)
-        person.name = name  # last: the event and the log have the old name, too
+        self.publish("renamed", person, to=name)  # with the old name
+        self._release_name(person)
+        person.name = name
+        self.people[name_key(name)] = person
 
     @command("/ignore NAME", "hide what somebody says, or show it again")
     def _ignore(self, person: Person, name: str) -> None:
@@ -1243,7 +1241,7 @@ class Chat:
 
     @command("/quit", "leave the chat", "/exit", "/bye", "/q")
     def _quit(self, person: Person) -> None:
-        self.disconnect(person, why="quit")
+        self.disconnect(person, reason="quit")
 
     @command("/op PASSWORD", "")
     def _op(self, person: Person, password: str) -> None:
@@ -1258,7 +1256,7 @@ class Chat:
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
-            source = self.limiter.source_of(person.host)
+            source = self.limiter.counted_source(person.host)
             logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
         raise Refused("That is not the password.")
 
@@ -1272,7 +1270,7 @@ class Chat:
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
-        source = self.limiter.source_of(self._host_of(target))
+        source = self.limiter.counted_source(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= BAN_MINUTES_LIMIT:
             raise Refused(f"A ban lasts from 1 to {BAN_MINUTES_LIMIT} minutes.", "usage")
@@ -1442,7 +1440,7 @@ class Reactor:
         if self.chat.to_reconcile or self.chat.new_bytes:  # by `_tick`, for example
             return 0
         until = min(map(self._ready_at, self.with_input), default=NEVER)
-        if until > self.clock.now:  # many tokens at a time
+        if until > self.clock.now:  # wake up for a few tokens, not for each
             until = max(until, self.clock.now + POLL_SECONDS)
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
@@ -1499,7 +1497,7 @@ class Reactor:
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
             for conn in self._lagging():
-                self._abort(conn, "too far behind")
+                self._guard(functools.partial(self._abort, why="too far behind"), conn)
         self.paused = bool(self._lagging())
 
     def _lagging(self) -> list[Connection]:
@@ -1511,7 +1509,7 @@ class Reactor:
         self._register_listeners()
         self.limiter.tick()
         for conn in list(self.connections):
-            self._guard(self._check, conn)
+            self._guard(self._check_deadline, conn)
 
     def _register_listeners(self) -> None:
         """Listen: at first, and again after an error."""
@@ -1522,7 +1520,7 @@ class Reactor:
                     accept = functools.partial(self._accept, listener)
                     self.selector.register(listener, READ, accept)
 
-    def _check(self, conn: Connection) -> None:
+    def _check_deadline(self, conn: Connection) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.clock.now >= conn.deadline:
@@ -1570,19 +1568,19 @@ class Reactor:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
         trusted = self.limiter.settings.behind_proxy and conn.host.address == LOCALHOST
-        protocol.behind_proxy = trusted
+        protocol.trusts_forwarded_for = trusted
         if protocol.opened:
             self.chat.greet(conn)
         self._reconcile(conn)
         self._evict(conn)
 
     def _evict(self, conn: Connection) -> None:
-        """Close departing connections, while too many are like this one."""
-        while other := self.limiter.to_evict(conn):
+        """Close departing connections, while too many share a quota with this one."""
+        while other := self.limiter.pick_to_evict(conn):
             if other.is_done:
                 self._close(other)
             else:
-                self._abort(other, "too many connections")
+                self._guard(functools.partial(self._abort, why="too many connections"), other)
 
     # One connection
     def _guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
@@ -1597,12 +1595,13 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", conn.label)
             why = "an internal error"
-        self._abort(conn, why)  # not in `except`: the traceback would keep a view of the log
+        # Not in `except`: the traceback would keep a view of the log.
+        self._guard(functools.partial(self._abort, why=why), conn)
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
-        is_behind = conn.outbox.private_bytes > PRIVATE_LIMIT
-        if self.paused or is_behind or self.chat.new_bytes > LAG_LIMIT:
+        has_unread = conn.outbox.private_bytes > PRIVATE_LIMIT
+        if self.paused or has_unread or self.chat.new_bytes > LAG_LIMIT:
             return NEVER
         return max(conn.bucket.ready_at, conn.quota.bucket.ready_at)
 
@@ -1623,30 +1622,31 @@ class Reactor:
             self.with_input[conn] = None
 
     def _process_input(self, conn: Connection) -> None:
-        """Handle what is parsed; then feed the protocol once, and handle what comes of it."""
+        """Handle what was received; then feed the protocol once, and handle what comes of it."""
         self.chat.to_reconcile[conn] = None
-        # To the end: equal ones take turns, for sorted() is stable.
+        # Move to the end: equal ones take turns, as sorted() is stable.
         self.with_input[conn] = self.with_input.pop(conn)
+        # No more than a token's worth: the next may be somebody else's turn.
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        drained = self._handle_parsed(conn)
+        drained = self._handle_received(conn)
         if drained and (conn.read_buffer or conn.eof):
             data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
             self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
             conn.protocol.feed(data)  # b"" is the end of the stream
-            drained = self._handle_parsed(conn)
+            drained = self._handle_received(conn)
         if drained and not conn.read_buffer and not conn.eof:
             del self.with_input[conn]
 
-    def _handle_parsed(self, conn: Connection) -> bool:
-        """Handle all that is parsed; False if the person has to wait before, or has left."""
+    def _handle_received(self, conn: Connection) -> bool:
+        """Handle what was received; False if the person has to wait first, or has left."""
         while conn.state is not CLOSING and self._ready_at(conn) <= self.clock.now:
-            parsed = conn.protocol.next()
+            received = conn.protocol.next()
             if conn.protocol.replies:
                 self._send_replies(conn)
-            if parsed is None:
+            if received is None:
                 return True
-            self.chat.handle(conn, parsed)
-            if parsed is OPENED:
+            self.chat.handle(conn, received)
+            if received is OPENED:
                 self._evict(conn)  # `greet` may have counted them under another address
         return False
 
@@ -1718,7 +1718,7 @@ class Reactor:
     def _abort(self, conn: Connection, why: str) -> None:
         """End a connection at once; what is pending is lost."""
         if conn.state is not CLOSING:
-            self.chat.disconnect(conn, why=why)
+            self.chat.disconnect(conn, reason=why)
         # A plain close would keep a full send buffer in the kernel for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
             conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -1805,29 +1805,29 @@ def raise_descriptor_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def open_listener(host: str | None, *ports: int) -> socket.socket:
+def open_listener(address: str | None, *ports: int) -> socket.socket:
     """A socket that listens on the first free one of these ports; exits if there is none."""
-    dual = not host and socket.has_dualstack_ipv6()
-    name = host or ("::" if dual else "0.0.0.0")
+    dual = not address and socket.has_dualstack_ipv6()
+    shown = address or ("::" if dual else "0.0.0.0")
     for port in ports:
         try:
-            family, *_, where = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+            family, *_, where = socket.getaddrinfo(shown, port, type=socket.SOCK_STREAM)[0]
             return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or "that is no address"
     why = why.partition(" (while")[0]  # create_server() appends the address
-    sys.exit(f"batchat: can't listen on {host or 'any address'}, port {port}: {why}")
+    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {why}")
 
 
-def announce(host: str | None, ports: list[int]) -> None:
+def announce(address: str | None, ports: list[int]) -> None:
     """Say how to join: on standard output, or else in the log."""
-    name = host or "localhost"
-    site = f"[{name}]" if ":" in name else name
-    text = f"BATCHAT listens on {host or 'every address'}, port {ports[0]}.\n"
-    text += f"Join it: telnet {name} {ports[0]}"
+    shown = address or "localhost"
+    site = f"[{shown}]" if ":" in shown else shown
+    text = f"BATCHAT listens on {address or 'every address'}, port {ports[0]}.\n"
+    text += f"Join it: telnet {shown} {ports[0]}"
     for port in ports[1:]:
         text += f", or in a browser: http://{site}:{port}/"
-    if not host:
+    if not address:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
     # Not print(): at exit, it would try again to write the rest, and fail.
     if not write_at_once(sys.stdout, f"{text}\n"):
@@ -2018,7 +2018,7 @@ class Web(Protocol):
         self._data += data
         self._eof = not data
 
-    def next(self) -> Parsed | None:
+    def next(self) -> Received | None:
         if self._phase is Phase.REQUEST:
             return self._parse_head()
         while not self._lines:
@@ -2034,7 +2034,7 @@ class Web(Protocol):
         replies, self.replies = self.replies, b""
         return replies
 
-    def _parse_head(self) -> Parsed | None:
+    def _parse_head(self) -> Received | None:
         """Parse the head of the request, if it is complete, and answer."""
         head, *after = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
@@ -2043,7 +2043,7 @@ class Web(Protocol):
             return DISCONNECT if self._eof else None
         try:
             method, path, fields = parse_request(head)
-            if self.behind_proxy and "x-forwarded-for" in fields:
+            if self.trusts_forwarded_for and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
                 self.forwarded_for = str(ipaddress.ip_address(nearest.partition("%")[0]))  # no zone
         except ValueError:
@@ -2058,7 +2058,7 @@ class Web(Protocol):
             return self._respond(200, PAGE, "html")
         return self._respond(404)
 
-    def _upgrade(self, fields: dict[str, str], after: bytes) -> Parsed:
+    def _upgrade(self, fields: dict[str, str], after: bytes) -> Received:
         """Open a WebSocket (RFC 6455, section 4.2); `after` came after the head."""
         key = fields.get("sec-websocket-key", "")
         if not key or "websocket" not in fields.get("upgrade", "").lower():
@@ -2074,12 +2074,12 @@ class Web(Protocol):
         self._phase, self._data = Phase.OPEN, after
         return OPENED
 
-    def _respond(self, code: int, body: str = "", subtype: str = "plain") -> Control:
+    def _respond(self, status: int, body: str = "", subtype: str = "plain") -> Control:
         """Send a response, and close (RFC 9110)."""
-        status = HTTPStatus(code)
-        data = (body or f"{code} {status.phrase}\n").encode()
+        known = HTTPStatus(status)
+        data = (body or f"{status} {known.phrase}\n").encode()
         lines = [
-            f"HTTP/1.1 {code} {status.phrase}",
+            f"HTTP/1.1 {status} {known.phrase}",
             f"Content-Type: text/{subtype}; charset=utf-8",
             f"Content-Length: {len(data)}",
             "Connection: close, Upgrade",
@@ -2090,7 +2090,7 @@ class Web(Protocol):
             f"Content-Security-Policy: {PAGE_POLICY}",
         ]
         self.replies += "\r\n".join([*lines, "", ""]).encode()
-        if not self._data.startswith(b"HEAD "):  # which an error leaves unparsed
+        if not self._data.startswith(b"HEAD "):  # after an error, it is not parsed
             self.replies += data
         return DISCONNECT
 
@@ -2131,9 +2131,9 @@ class Web(Protocol):
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
-    def _end(self, code: int) -> bool:
-        """Send a close frame with this code, if it is not 0."""
-        self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
+    def _end(self, close_code: int) -> bool:
+        """Send a close frame (0: without a code).  Always True: the peer's frame was complete."""
+        self.replies += frame(CLOSE, struct.pack("!H", close_code) if close_code else b"")
         self._phase = Phase.ENDED
         return True
 
@@ -2427,9 +2427,9 @@ belowButton.onclick = () => { toEnd(); input.focus(); };
 document.onvisibilitychange = () => { unread = 0; mentioned = false; updateCounts(); };
 
 // The keyboard
-let typed = [""], typedAt = 0;  // the lines entered, then what is typed now; which one is shown
+let typed = [""], typedIndex = 0;  // the lines entered, then what is typed now; which one is shown
 const canSay = () => ["naming", "chatting"].includes(state);
-function say(line) {  // returns whether the input may be cleared
+function sendLine(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
   if (bytes > maxLine) {
@@ -2442,7 +2442,7 @@ function say(line) {  // returns whether the input may be cleared
     typed.splice(-1, 1, line, "");
     if (!COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name, text: line });
   }
-  typedAt = typed.length - 1;
+  typedIndex = typed.length - 1;
   toEnd();
   paintSoon();
   return true;
@@ -2452,7 +2452,7 @@ form.onsubmit = event => {
   if (state !== "left" && !canSay()) return;
   setStatus("");
   if (state === "left") { setName(input.value.trim().slice(0, 100)); connect(); }
-  else if (!say(input.value)) return;
+  else if (!sendLine(input.value)) return;
   input.value = "";
 };
 input.onpaste = event => {  // an input would join the lines into one
@@ -2462,15 +2462,15 @@ input.onpaste = event => {  // an input would join the lines into one
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
   const last = all.pop() + input.value.slice(input.selectionEnd);
   setStatus("");
-  input.value = [...all.filter(line => !say(line)), last].join(" ");
+  input.value = [...all.filter(line => !sendLine(line)), last].join(" ");
 };
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = typedAt + step;
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = typedIndex + step;
   if (step && to in typed) {
     event.preventDefault();
-    typed[typedAt] = input.value;
-    input.value = typed[typedAt = to];
+    typed[typedIndex] = input.value;
+    input.value = typed[typedIndex = to];
   }
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
