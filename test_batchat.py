@@ -2511,7 +2511,7 @@ def test_lost_people_are_heard_while_places_are_free(worlds):
 
 @cases("is_lost", True, False)
 def test_rejected_callers_are_evicted_first(worlds, is_lost):
-    """Before the lost, who are to be heard, and before those who are owed what was said."""
+    """Before the lost, who are still heard, and before those who have something to read."""
     world = worlds(rate=10, max_connections=2)
     (ann,), (mike,) = rested(world, "ann"), rested(world, "mike", host="203.0.113.5")
     mike.accepts(0)
