@@ -1497,7 +1497,7 @@ class Reactor:
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
             for conn in self._lagging():
-                self._guard(functools.partial(self._abort, why="too far behind"), conn)
+                self._guard(self._abort, conn, "too far behind")
         self.paused = bool(self._lagging())
 
     def _lagging(self) -> list[Connection]:
@@ -1580,15 +1580,15 @@ class Reactor:
             if other.is_done:
                 self._close(other)
             else:
-                self._guard(functools.partial(self._abort, why="too many connections"), other)
+                self._guard(self._abort, other, "too many connections")
 
     # One connection
-    def _guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
+    def _guard(self, step: Callable[..., None], conn: Connection, *arguments: Any) -> None:
         """Take a step with one connection; if it fails, drop that one alone."""
         if conn not in self.connections:
             return
         try:
-            step(conn)
+            step(conn, *arguments)
             return
         except OSError as error:
             why = error.strerror or "lost"
@@ -1596,7 +1596,7 @@ class Reactor:
             logger.exception("an internal error, with %s", conn.label)
             why = "an internal error"
         # Not in `except`: the traceback would keep a view of the log.
-        self._guard(functools.partial(self._abort, why=why), conn)
+        self._guard(self._abort, conn, why)
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
@@ -2089,6 +2089,7 @@ class Web(Protocol):
             "X-Content-Type-Options: nosniff",
             f"Content-Security-Policy: {PAGE_POLICY}",
         ]
+        self._phase = Phase.ENDED
         self.replies += "\r\n".join([*lines, "", ""]).encode()
         if not self._data.startswith(b"HEAD "):  # after an error, it is not parsed
             self.replies += data
@@ -2131,9 +2132,9 @@ class Web(Protocol):
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
-    def _end(self, close_code: int) -> bool:
-        """Send a close frame (0: without a code).  Always True: the peer's frame was complete."""
-        self.replies += frame(CLOSE, struct.pack("!H", close_code) if close_code else b"")
+    def _end(self, code: int) -> bool:
+        """Send a close frame (0: without a code).  Always True: go on, in another phase."""
+        self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._phase = Phase.ENDED
         return True
 
