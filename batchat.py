@@ -10,8 +10,9 @@ It is appended once to the log of each format (text for telnet, JSON for WebSock
 reader is sent everything new in one system call.  One thread runs the event loop: select,
 process input, send, reconcile.
 
-Parts: 1. Events  2. Limits  3. Log and Outbox  4. Protocol, Telnet  5. Person, Limiter  6. Chat
-7. Reactor  8. main  9. The web.  Only 7 and 8 use sockets.  9 is only for browsers and bots.
+Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Person, Limiter  6. Chat
+7. Reactor  8. The web  9. main  10. The page.  Only 7 and 9 use sockets.  8 and 10 are only for
+browsers and bots.
 """
 
 from __future__ import annotations
@@ -128,70 +129,19 @@ def local_time(pattern: str, at: int) -> str:
 
 
 # ---
-# 2. Limits
+# 2. Settings, and limits of several parts
 
-# Lines and names
 LINE_LIMIT = 4096  # bytes, without the line end
-HEAD_LIMIT = 8 << 10  # bytes of a request
-NAME_LIMIT = 24  # characters
-NORMALIZE_LIMIT = 4 * NAME_LIMIT + 4  # characters: NFC makes a text four times shorter at most
-NAME_TRIES = 5
-
-# Time, in seconds
-HEAD_SECONDS = 10.0  # from connecting to an open WebSocket
-NAME_SECONDS = 120.0  # from the greeting to a valid name
-CLOSING_SECONDS = 5.0  # to send what is pending, and for the peer to close
-SHUTDOWN_SECONDS = 2.0  # the same, when the server stops
-LOST_SECONDS = 120.0  # to process what somebody sent before a reset
-TICK_SECONDS = 1.0  # between two checks of all deadlines
-PROCESS_SECONDS = 0.05  # for processing input in one iteration
-POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
-
-# Backpressure: a reader whose socket is full keeps the log from being trimmed.
-# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Input
-# also waits when one iteration has made that many new bytes.  So a log is never longer than twice
-# LAG_LIMIT, plus a few events.
-LAG_LIMIT = 512 << 10  # bytes
-STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
-STALL_RECOVERY = 0.2  # seconds regained per second without a pause
-SPLICE_SIZE = 128  # bytes: what a splice adds to a lag
 WHISPER_LIMIT = 64 << 10  # private bytes pending, above which whispers to a person are refused
 PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending, above which their own input waits
 
-# Sockets
-TELNET_PORT = 1337
-WEB_PORT = 1338
-READ_SIZE = 16 << 10  # bytes: one recv
-READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
-BACKLOG = 4096  # callers
-ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
-OWN_DESCRIPTORS = 16  # log, signals and so on
-SPARE_CONNECTIONS = 16  # for departing people, where the server is full
-SPARE_PER_ADDRESS = 100  # the same, where too many are from one address
-PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not run does not count
-SILENT_TICKS = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
-
 # Tokens: an allowance of --rate a second.
-BURST_SECONDS = 5  # of the rate: what can be saved up
-ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
-LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
-BYTES_PER_TOKEN = 512  # of anything that is read
-WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 LINE_TOKENS = 1  # of every line or control; it is part of those below
 JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 25  # everyone has to learn the new name
 WRONG_PASSWORD_TOKENS = 50
-
-# History and bans
-HISTORY_LIMIT = 1000  # lines
-HISTORY_SIZE = 64 << 10  # bytes of text
-BAN_MINUTES = 60  # if the operator gives none
-BAN_MINUTES_LIMIT = 525_600  # minutes
-BANS_LIMIT = 1000
-SOURCES_LIMIT = 10_000  # with a quota; more only while all are in use
-FORMER_NAMES_LIMIT = 10_000
-FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
-WRONG_PASSWORDS_WARNED = 10  # from one address
+BYTES_PER_TOKEN = 512  # of anything that is read
+WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 
 
 class Settings(NamedTuple):
@@ -211,6 +161,7 @@ class Settings(NamedTuple):
 # 3. Log and Outbox
 
 UNREACHABLE = 1 << 62  # an offset that no log ever reaches
+SPLICE_SIZE = 128  # bytes: what a splice adds to a lag
 
 
 class Log:
@@ -612,6 +563,9 @@ class Clock:
         self.wall_time = int(time.time())
 
 
+BURST_SECONDS = 5  # of the rate: what can be saved up
+
+
 class TokenBucket:
     """Gains `rate` tokens a second, up to BURST_SECONDS' worth.  May be overspent.
 
@@ -624,6 +578,13 @@ class TokenBucket:
 
     def spend(self, tokens: float, now: float) -> None:
         self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
+
+
+ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
+LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
+SPARE_CONNECTIONS = 16  # for departing people, where the server is full
+SPARE_PER_ADDRESS = 100  # the same, where too many are from one address
+SOURCES_LIMIT = 10_000  # with a quota; more only while all are in use
 
 
 class Quota:
@@ -696,11 +657,12 @@ NEXT_STATES = {
 }
 NEVER = math.inf
 STATE_SECONDS = {
-    CONNECTING: HEAD_SECONDS,
-    AWAITING_NAME: NAME_SECONDS,
+    CONNECTING: 10.0,  # to open a WebSocket
+    AWAITING_NAME: 120.0,
     CHATTING: NEVER,
-    CLOSING: CLOSING_SECONDS,
+    CLOSING: 5.0,  # to send what is pending, and for the peer to close
 }
+LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 
 
 class Person:
@@ -718,7 +680,7 @@ class Person:
         self.state = CONNECTING
         self.state_since = now
         self.reject_code = ""  # of the reason why there is no place for them
-        self.lost_why = ""  # the reason why nothing can be sent any more
+        self.lost_reason = ""  # the reason why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
         self.prompts = 0  # for a name, so far
@@ -765,7 +727,7 @@ class Limiter:
             quota.connections += 1
             if quota.limit and quota.free < 0:
                 person.reject_code = code
-        if person.reject_code or person.lost_why:  # lost: before it was added again
+        if person.reject_code or person.lost_reason:  # lost: before it was added again
             self.mark_departing(person)
         if self.settings.rate:  # anyone who reconnects must not be served first for that
             self._serve_later(person, JOIN_TOKENS - LINE_TOKENS)
@@ -842,6 +804,10 @@ class Limiter:
 # ---
 # 6. Chat
 
+HISTORY_LIMIT = 1000  # lines
+HISTORY_SIZE = 64 << 10  # bytes of text
+
+
 class History:
     """The last lines that were said, for newcomers."""
 
@@ -882,12 +848,14 @@ class Refused(Exception):
         self.code = code
 
 
+NAME_LIMIT = 24  # characters
+NORMALIZE_LIMIT = 4 * NAME_LIMIT + 4  # characters: NFC makes a text four times shorter at most
 # Invisible letters and marks: they could hide one name in another.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# "/op" with any kind of slash or letters, also after punctuation, is never said.  "/op-ed" is not,
-# either: it is better to refuse too much than to tell a password.
+# A line that begins with "/op", with any kind of slash or letters, also after punctuation, is never
+# said.  "/op-ed" is not, either: it is better to refuse too much than to tell a password.
 OP = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"  # the page uses it, too
 PASSWORD_LINE = re.compile(rf"[\W_]*{OP}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
@@ -953,6 +921,15 @@ def command(
     return register
 
 
+NAME_TRIES = 5
+FORMER_NAMES_LIMIT = 10_000
+FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
+BAN_MINUTES = 60  # if the operator gives none
+BAN_MINUTES_LIMIT = 525_600
+BANS_LIMIT = 1000
+WRONG_PASSWORDS_WARNED = 10  # from one address
+
+
 class Chat:
     """The room: the people in it, what they say, and who is shown what."""
 
@@ -977,7 +954,7 @@ class Chat:
         self.limiter.charge(person, LINE_TOKENS)
         try:
             if received is DISCONNECT:
-                self.disconnect(person, reason=person.lost_why or "the connection ended")
+                self.disconnect(person, reason=person.lost_reason or "the connection ended")
             elif received is OPENED:
                 self.greet(person)
             elif person.state is AWAITING_NAME:
@@ -1311,6 +1288,23 @@ class Chat:
 # ---
 # 7. Reactor
 
+# Backpressure: a reader whose socket is full keeps the log from being trimmed.
+# While any reader lags by more than LAG_LIMIT, the room is paused: no input is processed.  Input
+# also waits when one iteration has made that many new bytes.  So a log is never longer than twice
+# LAG_LIMIT, plus a few events.
+LAG_LIMIT = 512 << 10  # bytes
+STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
+STALL_RECOVERY = 0.2  # seconds regained per second without a pause
+
+TICK_SECONDS = 1.0  # between two checks of all deadlines
+PROCESS_SECONDS = 0.05  # for processing input in one iteration
+POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
+SHUTDOWN_SECONDS = 2.0  # to send what is pending, and for the peers to close
+PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not run does not count
+SILENT_TICKS = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
+ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
+READ_SIZE = 16 << 10  # bytes: one recv
+READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 SOCKET_OPTIONS = [
     (socket.SOL_SOCKET if name[:3] == "SO_" else socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -1404,11 +1398,8 @@ class Reactor:
             for log in self.chat.logs.values():
                 log.readers.clear()  # nobody reads that the others left
             for conn in list(self.connections):
-                self._guard(self._shut_down, conn)
-
-    def _shut_down(self, conn: Connection) -> None:
-        if conn.state is not CLOSING:
-            self.chat.disconnect(conn, "shutdown")
+                if conn.state is not CLOSING:
+                    self._guard(self.chat.disconnect, conn, "shutdown")
 
     # The event loop
     def run_once(self) -> None:
@@ -1524,8 +1515,8 @@ class Reactor:
         """End what takes too long, and ping a WebSocket that is silent."""
         ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
         if self.clock.now >= conn.deadline:
-            if conn.state is CLOSING or conn.lost_why:
-                self._abort(conn, "lost for too long")  # for CLOSING ones, the reason is not used
+            if conn.state is CLOSING or conn.lost_reason:
+                self._abort(conn, "lost for too long")  # a CLOSING one needs no reason
             else:
                 self.chat.disconnect(conn, "timeout")
         elif ping and not conn.outbox.has_pending and conn not in self.with_input:
@@ -1591,12 +1582,13 @@ class Reactor:
             step(conn, *arguments)
             return
         except OSError as error:
-            why = error.strerror or "lost"
+            reason = error.strerror or "lost"
         except Exception:
             logger.exception("an internal error, with %s", conn.label)
-            why = "an internal error"
-        # Not in `except`: the traceback would keep a view of the log.
-        self._guard(self._abort, conn, why)
+            reason = "an internal error"
+        # Not in `except`: the traceback would keep a view of the log.  It ends, as `disconnect` and
+        # `_close` begin with what makes the next try skip them.
+        self._guard(self._abort, conn, reason)
 
     def _ready_at(self, conn: Connection) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
@@ -1695,13 +1687,13 @@ class Reactor:
             except OSError as error:
                 self._lose(conn, error.strerror)
 
-    def _lose(self, conn: Connection, why: str | None) -> None:
+    def _lose(self, conn: Connection, reason: str | None) -> None:
         """Send nothing more: the peer has missed something.
 
         What was read is still processed.  After the shutdown, recv() returns EOF.
         """
-        if not conn.lost_why:
-            conn.lost_why, conn.lost_at = why or "lost", self.clock.now
+        if not conn.lost_reason:
+            conn.lost_reason, conn.lost_at = reason or "lost", self.clock.now
             conn.outbox.close()
             self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already
@@ -1715,10 +1707,10 @@ class Reactor:
             if mask:
                 self.selector.register(conn.sock, mask, conn)
 
-    def _abort(self, conn: Connection, why: str) -> None:
+    def _abort(self, conn: Connection, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
         if conn.state is not CLOSING:
-            self.chat.disconnect(conn, reason=why)
+            self.chat.disconnect(conn, reason=reason)
         # A plain close would keep a full send buffer in the kernel for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
             conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -1738,207 +1730,9 @@ class Reactor:
 
 
 # ---
-# 8. main
+# 8. The web
 
-def whole_number(most: int, text: str) -> int:
-    """A whole number from 0 to `most`; raises ArgumentTypeError."""
-    if not text.isdecimal() or int(text) > most:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {most}")
-    return int(text)
-
-
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; exits with status 2 if they are wrong."""
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        description="A chat room for telnet and browsers.",
-        epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
-    )
-    add = parser.add_argument
-    add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
-    for flag, most, value, text in [
-        ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
-        ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
-        ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
-        ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
-        ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
-        ("--history", HISTORY_LIMIT, default.history, "lines that newcomers are shown"),
-    ]:
-        number = functools.partial(whole_number, most)
-        shown = text if value is None else f"{text} (default: %(default)s)"
-        add(flag, metavar="N", type=number, default=value, help=shown)
-    text = "what callers are shown first (default: %(default)s)"
-    add("--welcome", metavar="TEXT", default=default.welcome, help=text)
-    add("--password-file", metavar="FILE", help="the operators' password is its first line")
-    text = "trust X-Forwarded-For of browsers that call from localhost"
-    add("--behind-proxy", action="store_true", help=text)
-    add("--no-web", action="store_true", help="do not listen for browsers")
-    add("-v", "--verbose", action="store_true", help="log callers who never joined, too")
-    add("--version", action="version", version=f"BATCHAT {__version__}")
-    return parser.parse_args(arguments)
-
-
-def read_password(path: str) -> str:
-    """The first line of a file; exits if there is none."""
-    try:
-        with open(path, "rb") as file:
-            line = file.readline(LINE_LIMIT).decode("utf-8-sig")
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
-                logger.warning("everybody on this machine can read %s", path)
-        why, password = "its first line is empty", clean(line).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        password, why = "", getattr(error, "strerror", "it is not UTF-8")
-    if not password:
-        sys.exit(f"batchat: no password in {path}: {why}")
-    return password
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the limit of open descriptors as far as possible; returns it."""
-    try:
-        import resource
-    except ImportError:
-        return 512  # what select() takes on Windows
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS allows less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def open_listener(address: str | None, *ports: int) -> socket.socket:
-    """A socket that listens on the first free one of these ports; exits if there is none."""
-    dual = not address and socket.has_dualstack_ipv6()
-    shown = address or ("::" if dual else "0.0.0.0")
-    for port in ports:
-        try:
-            family, *_, where = socket.getaddrinfo(shown, port, type=socket.SOCK_STREAM)[0]
-            return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
-        except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or "that is no address"
-    why = why.partition(" (while")[0]  # create_server() appends the address
-    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {why}")
-
-
-def announce(address: str | None, ports: list[int]) -> None:
-    """Say how to join: on standard output, or else in the log."""
-    shown = address or "localhost"
-    site = f"[{shown}]" if ":" in shown else shown
-    text = f"BATCHAT listens on {address or 'every address'}, port {ports[0]}.\n"
-    text += f"Join it: telnet {shown} {ports[0]}"
-    for port in ports[1:]:
-        text += f", or in a browser: http://{site}:{port}/"
-    if not address:
-        text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
-    # Not print(): at exit, it would try again to write the rest, and fail.
-    if not write_at_once(sys.stdout, f"{text}\n"):
-        logger.info("%s", text)
-
-
-def write_at_once(stream: TextIO | None, text: str) -> bool:
-    """Write without waiting for a reader; returns whether all was written."""
-    if stream is None:  # it was closed when we started
-        return False
-    descriptor, data = stream.fileno(), text.encode("utf-8", "backslashreplace")
-    # Non-blocking only for now: the shell may use the same terminal.  Not on Windows.
-    blocking = os.name != "nt" and os.get_blocking(descriptor)
-    try:
-        if blocking:
-            os.set_blocking(descriptor, False)
-        return os.write(descriptor, data) == len(data)
-    except OSError:  # it is full, or has no reader
-        return False
-    finally:
-        if blocking:
-            os.set_blocking(descriptor, True)
-
-
-class NonBlockingHandler(logging.Handler):
-    """Writes the log to standard error without ever waiting for its reader.
-
-    Lines that were not written as a whole are counted.
-    """
-
-    lost_lines = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # The line before may be cut.
-        count = self.lost_lines
-        lost = f"\n... {count} lines of the log were lost\n" if count else ""
-        written = write_at_once(sys.stderr, f"{lost}{self.format(record)}\n")
-        self.lost_lines = 0 if written else count + 1
-
-
-def start_logging(level: int) -> None:
-    """Log to standard error, with the time unless systemd's journal adds it."""
-    if sys.stderr is None:
-        return  # descriptor 2 may be a socket now
-    handler, found = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
-    if os.environ.get("JOURNAL_STREAM") != f"{found.st_dev}:{found.st_ino}":
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
-
-
-def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM or SIGHUP stop the server; a second Ctrl-C or SIGTERM, at once."""
-    reader, writer = socket.socketpair()
-
-    def on_signal(signum: int, frame: object) -> None:
-        writer.send(b"!")  # wakes the event loop, which stops the server
-        for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
-            signal.signal(number, signal.SIG_DFL)
-
-    def on_wakeup() -> None:  # of the event loop
-        reader.recv(16)
-        logger.info("stopping")
-        reactor.stop()
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
-    reactor.selector.register(reader, READ, on_wakeup)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the server; returns the exit status."""
-    options = parse_options(arguments)
-    # Arguments that are not UTF-8 arrive with surrogates, which can't be encoded again.
-    options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
-    start_logging(logging.DEBUG if options.verbose else logging.INFO)
-    limit = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
-    if limit < 1:
-        sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
-    password = read_password(options.password_file) if options.password_file else ""
-    # Most options are settings of the same name.
-    chosen = {name: value for name, value in vars(options).items() if name in Settings._fields}
-    settings = Settings(**chosen, password=password, max_connections=limit)
-    listeners: dict[socket.socket, type[Protocol]] = {}
-    listeners[open_listener(options.host, options.port)] = Telnet
-    if not options.no_web:
-        web_ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
-        listeners[open_listener(options.host, *web_ports)] = Web
-    reactor = Reactor(listeners, settings)
-    stop_on_signals(reactor)
-    ports = [listener.getsockname()[1] for listener in listeners]
-    logger.info(
-        "BATCHAT %s, process %d, ports %s, %d connections at most; %s",
-        __version__,
-        os.getpid(),
-        ports,
-        limit,
-        vars(options),
-    )
-    announce(options.host, ports)
-    ok = reactor.run()
-    logger.info("stopped")
-    return 0 if ok else 1
-
-
-# ---
-# 9. The web
-
+HEAD_LIMIT = 8 << 10  # bytes of a request
 # A request's head (RFC 9112, sections 3 and 5).  Only what we use of it is checked.
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 FIELD = r"\r?\n([^\s:]+):([^\r\n]*)"
@@ -2138,6 +1932,214 @@ class Web(Protocol):
         self._phase = Phase.ENDED
         return True
 
+
+# ---
+# 9. main
+
+TELNET_PORT = 1337
+WEB_PORT = 1338
+BACKLOG = 4096  # callers
+OWN_DESCRIPTORS = 16  # log, signals and so on
+
+
+def whole_number(most: int, text: str) -> int:
+    """A whole number from 0 to `most`; raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {most}")
+    return int(text)
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; exits with status 2 if they are wrong."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        description="A chat room for telnet and browsers.",
+        epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
+    )
+    add = parser.add_argument
+    add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
+    for flag, most, value, text in [
+        ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
+        ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
+        ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
+        ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
+        ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
+        ("--history", HISTORY_LIMIT, default.history, "lines that newcomers are shown"),
+    ]:
+        number = functools.partial(whole_number, most)
+        shown = text if value is None else f"{text} (default: %(default)s)"
+        add(flag, metavar="N", type=number, default=value, help=shown)
+    text = "what callers are shown first (default: %(default)s)"
+    add("--welcome", metavar="TEXT", default=default.welcome, help=text)
+    add("--password-file", metavar="FILE", help="the operators' password is its first line")
+    text = "trust X-Forwarded-For of browsers that call from localhost"
+    add("--behind-proxy", action="store_true", help=text)
+    add("--no-web", action="store_true", help="do not listen for browsers")
+    add("-v", "--verbose", action="store_true", help="log callers who never joined, too")
+    add("--version", action="version", version=f"BATCHAT {__version__}")
+    return parser.parse_args(arguments)
+
+
+def read_password(path: str) -> str:
+    """The first line of a file; exits if there is none."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(LINE_LIMIT).decode("utf-8-sig")
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                logger.warning("everybody on this machine can read %s", path)
+        why, password = "its first line is empty", clean(line).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        password, why = "", getattr(error, "strerror", "it is not UTF-8")
+    if not password:
+        sys.exit(f"batchat: no password in {path}: {why}")
+    return password
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open descriptors as far as possible; returns it."""
+    try:
+        import resource
+    except ImportError:
+        return 512  # what select() takes on Windows
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def open_listener(address: str | None, *ports: int) -> socket.socket:
+    """A socket that listens on the first free one of these ports; exits if there is none."""
+    dual = not address and socket.has_dualstack_ipv6()
+    shown = address or ("::" if dual else "0.0.0.0")
+    for port in ports:
+        try:
+            family, *_, where = socket.getaddrinfo(shown, port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or "that is no address"
+    why = why.partition(" (while")[0]  # create_server() appends the address
+    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {why}")
+
+
+def announce(address: str | None, ports: list[int]) -> None:
+    """Say how to join: on standard output, or else in the log."""
+    shown = address or "localhost"
+    site = f"[{shown}]" if ":" in shown else shown
+    text = f"BATCHAT listens on {address or 'every address'}, port {ports[0]}.\n"
+    text += f"Join it: telnet {shown} {ports[0]}"
+    for port in ports[1:]:
+        text += f", or in a browser: http://{site}:{port}/"
+    if not address:
+        text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
+    # Not print(): at exit, it would try again to write the rest, and fail.
+    if not write_at_once(sys.stdout, f"{text}\n"):
+        logger.info("%s", text)
+
+
+def write_at_once(stream: TextIO | None, text: str) -> bool:
+    """Write without waiting for a reader; returns whether all was written."""
+    if stream is None:  # it was closed when we started
+        return False
+    descriptor, data = stream.fileno(), text.encode("utf-8", "backslashreplace")
+    # Non-blocking only for now: the shell may use the same terminal.  Not on Windows.
+    blocking = os.name != "nt" and os.get_blocking(descriptor)
+    try:
+        if blocking:
+            os.set_blocking(descriptor, False)
+        return os.write(descriptor, data) == len(data)
+    except OSError:  # it is full, or has no reader
+        return False
+    finally:
+        if blocking:
+            os.set_blocking(descriptor, True)
+
+
+class NonBlockingHandler(logging.Handler):
+    """Writes the log to standard error without ever waiting for its reader.
+
+    Lines that were not written as a whole are counted.
+    """
+
+    lost_lines = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The line before may be cut.
+        count = self.lost_lines
+        lost = f"\n... {count} lines of the log were lost\n" if count else ""
+        written = write_at_once(sys.stderr, f"{lost}{self.format(record)}\n")
+        self.lost_lines = 0 if written else count + 1
+
+
+def start_logging(level: int) -> None:
+    """Log to standard error, with the time unless systemd's journal adds it."""
+    if sys.stderr is None:
+        return  # descriptor 2 may be a socket now
+    handler, found = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
+    if os.environ.get("JOURNAL_STREAM") != f"{found.st_dev}:{found.st_ino}":
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def stop_on_signals(reactor: Reactor) -> None:
+    """Have Ctrl-C, SIGTERM or SIGHUP stop the server; a second Ctrl-C or SIGTERM, at once."""
+    reader, writer = socket.socketpair()
+
+    def on_signal(signum: int, frame: object) -> None:
+        writer.send(b"!")  # wakes the event loop, which stops the server
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
+            signal.signal(number, signal.SIG_DFL)
+
+    def on_wakeup() -> None:  # of the event loop
+        reader.recv(16)
+        logger.info("stopping")
+        reactor.stop()
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    reactor.selector.register(reader, READ, on_wakeup)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server; returns the exit status."""
+    options = parse_options(arguments)
+    # Arguments that are not UTF-8 arrive with surrogates, which can't be encoded again.
+    options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
+    start_logging(logging.DEBUG if options.verbose else logging.INFO)
+    limit = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
+    if limit < 1:
+        sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
+    password = read_password(options.password_file) if options.password_file else ""
+    # Most options are settings of the same name.
+    chosen = {name: value for name, value in vars(options).items() if name in Settings._fields}
+    settings = Settings(**chosen, password=password, max_connections=limit)
+    listeners: dict[socket.socket, type[Protocol]] = {}
+    listeners[open_listener(options.host, options.port)] = Telnet
+    if not options.no_web:
+        web_ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
+        listeners[open_listener(options.host, *web_ports)] = Web
+    reactor = Reactor(listeners, settings)
+    stop_on_signals(reactor)
+    ports = [listener.getsockname()[1] for listener in listeners]
+    logger.info(
+        "BATCHAT %s, process %d, ports %s, %d connections at most; %s",
+        __version__,
+        os.getpid(),
+        ports,
+        limit,
+        vars(options),
+    )
+    announce(options.host, ports)
+    ok = reactor.run()
+    logger.info("stopped")
+    return 0 if ok else 1
+
+
+# ---
+# 10. The page
 
 STYLE = """
 :root { color-scheme: light dark; --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42);

@@ -1135,7 +1135,7 @@ class World:
 
     def check_connection(self, peer: Peer, connection: batchat.Connection):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
-        assert not connection.lost_why or connection.outbox.closed
+        assert not connection.lost_reason or connection.outbox.closed
         log, reactor = connection.outbox.log, self.reactor
         if connection not in reactor.chat.to_reconcile and log.broadcast_end == log.end:
             assert connection.outbox.has_pending == (connection in reactor.blocked)
