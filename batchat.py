@@ -206,7 +206,7 @@ class Outbox:
         self.cursor = UNREACHABLE
         self.splices: list[tuple[int, bytes, int]] = []
         self.private_bytes = 0  # in all splices
-        self.closed = False  # nothing can be sent any more
+        self.discards = False  # nothing can be sent any more
 
     @property
     def lag(self) -> int:
@@ -219,7 +219,7 @@ class Outbox:
 
     def join(self) -> None:
         """Read the log from its end on; private bytes that are pending come first."""
-        if not self.closed:
+        if not self.discards:
             self.cursor = end = self.log.end
             self.splices = [(end, private, end) for _, private, _ in self.splices]
 
@@ -227,9 +227,9 @@ class Outbox:
         """Read the log no further than to its end now; private bytes may still follow."""
         self._splice(self.log.end, b"", UNREACHABLE)
 
-    def close(self) -> None:
-        """Drop everything pending, and take nothing more."""
-        self.closed = True
+    def discard(self) -> None:
+        """Drop everything pending, and from now on what is added."""
+        self.discards = True
         self.cursor = UNREACHABLE
         self.splices.clear()
         self.private_bytes = 0
@@ -237,16 +237,16 @@ class Outbox:
     def insert(self, data: bytes) -> None:
         """Send `data` to this person only, after everything in the log so far."""
         last = self.splices[-1][2] if self.splices else self.cursor
-        at = max(last, self.log.end)
-        self._splice(at, data, at)
+        offset = max(last, self.log.end)
+        self._splice(offset, data, offset)
 
     def exclude_newest(self) -> None:
         """Leave out the event that was appended just now; only for readers of the log."""
         self._splice(self.log.newest, b"", self.log.end)
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
-        """Add a splice; where it only leaves out more than the last one, that is extended."""
-        if not self.closed:
+        """Add a splice.  One without bytes, where the last one resumes, is merged into that."""
+        if not self.discards:
             self.private_bytes += len(private)
             if self.splices and self.splices[-1][2] == offset and not private:
                 self.splices[-1] = (*self.splices[-1][:2], resume)
@@ -298,7 +298,7 @@ class Control(Enum):
 OPENED: Final = Control.OPENED
 TOO_LONG: Final = Control.TOO_LONG
 DISCONNECT: Final = Control.DISCONNECT
-Typed = Union[str, Literal[Control.TOO_LONG]]
+LineOrTooLong = Union[str, Literal[Control.TOO_LONG]]
 Received = Union[str, Control]
 
 
@@ -306,7 +306,7 @@ class Protocol:
     """A protocol without sockets.
 
     What was read is given to `feed`, in parts.  After each, `next` returns lines and controls until
-    it returns None.  After DISCONNECT there is only `close`.
+    it returns None.  After DISCONNECT there is only `last_bytes`.
     """
 
     ECHO = False  # whether speakers are sent what they say
@@ -340,8 +340,8 @@ class Protocol:
         """
         return False
 
-    def close(self, code: str) -> bytes:
-        """The last bytes, after a `closing` event if there is one, which has this code."""
+    def last_bytes(self, code: str) -> bytes:
+        """What to send last; the `closing` event before it, if there is one, has this code."""
         return b""
 
 
@@ -835,8 +835,8 @@ class History:
                 if size > HISTORY_SIZE:
                     break
                 events.appendleft(event)
-            shown = {"type": "history", "events": [*events]}
-            self._encoded[protocol_class] = protocol_class.encode(shown)
+            event = {"type": "history", "events": [*events]}
+            self._encoded[protocol_class] = protocol_class.encode(event)
         return self._encoded[protocol_class]
 
 
@@ -968,7 +968,7 @@ class Chat:
             if person.state is AWAITING_NAME:
                 self._ask_for_name(person)
 
-    def _take_name(self, person: Person, line: Typed) -> None:
+    def _take_name(self, person: Person, line: LineOrTooLong) -> None:
         if line is TOO_LONG or HTTP_REQUEST.match(line):  # a web request, long or not
             self.disconnect(person, reason="sent no name")
         elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
@@ -976,7 +976,7 @@ class Chat:
         else:
             self._join(person, line)
 
-    def _take_line(self, person: Person, line: Typed) -> None:
+    def _take_line(self, person: Person, line: LineOrTooLong) -> None:
         if line is TOO_LONG:
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
@@ -1109,7 +1109,7 @@ class Chat:
             logger.debug("%s left before joining: %s", person.label, reason or code)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
-        self.send_raw(person, person.protocol.close(code))
+        self.send_raw(person, person.protocol.last_bytes(code))
 
     # Names
     def _available_name(self, person: Person, text: str) -> str:
@@ -1680,7 +1680,7 @@ class Reactor:
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
             try:
-                # Splices may be empty: then there is nothing to send, but to go on behind them.
+                # Where only empty splices are pending, `advance` drops them.
                 conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
@@ -1694,7 +1694,7 @@ class Reactor:
         """
         if not conn.lost_reason:
             conn.lost_reason, conn.lost_at = reason or "lost", self.clock.now
-            conn.outbox.close()
+            conn.outbox.discard()
             self.limiter.mark_departing(conn)
             with suppress(OSError):  # the peer is gone already
                 conn.sock.shutdown(socket.SHUT_RDWR)
@@ -1726,7 +1726,7 @@ class Reactor:
             conn.sock.close()
         conn.read_buffer = b""  # free the memory: Chat._former_names may keep this object
         conn.protocol = type(conn.protocol)()
-        conn.outbox.close()
+        conn.outbox.discard()
 
 
 # ---
@@ -1822,9 +1822,9 @@ class Web(Protocol):
                 return DISCONNECT if self._eof else None
         return clean(decode_line(self._lines.popleft()))  # broken UTF-8 is mended, as on telnet
 
-    def close(self, code: str) -> bytes:
+    def last_bytes(self, code: str) -> bytes:
         if self.opened:
-            self._end(CLOSE_CODES.get(code, 1000))
+            self._send_close(CLOSE_CODES.get(code, 1000))
         replies, self.replies = self.replies, b""
         return replies
 
@@ -1900,14 +1900,14 @@ class Web(Protocol):
         expected = TEXT_FRAME if self._fragments is None else CONTINUATION
         good = (final and size < 126) if is_control else opcode == expected
         if not good or data[0] & RESERVED or not data[1] & MASKED:
-            return self._end(1003 if opcode == BINARY_FRAME else 1002)
+            return self._send_close(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
             start = 8 if size == 126 else 14
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
         if not is_control and len(self._fragments or b"") + size > LINE_LIMIT:
-            return self._end(1009)  # too big
+            return self._send_close(1009)  # too big
         end = start + size
         if len(data) < end:
             return False
@@ -1918,7 +1918,7 @@ class Web(Protocol):
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big")  # we answer with the same
             legal = not payload or (1000 <= code <= 4999 and code not in (1005, 1006, 1015))
-            return self._end(code if legal else 1002)
+            return self._send_close(code if legal else 1002)
         elif not is_control:
             message = (self._fragments or b"") + payload
             self._fragments = None if final else message
@@ -1926,7 +1926,7 @@ class Web(Protocol):
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
-    def _end(self, code: int) -> bool:
+    def _send_close(self, code: int) -> bool:
         """Send a close frame (0: without a code).  Always True: go on, in another phase."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
         self._phase = Phase.ENDED
@@ -2180,11 +2180,11 @@ SHARED = {
     "EVENTS_VERSION": EVENTS_VERSION,
     "OP": OP,
     "LOST_SECONDS": LOST_SECONDS,
-    "SAYING": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
+    "SPEAKING": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
-const TALK = [...SPOKEN, "whisper"];
+const TALK = [...SPOKEN, "whisper"];  // lines from people
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2321,7 +2321,7 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
-const COMMAND = new RegExp(`^\\s*/(?!/|(${SAYING})\\s+\\S)`, "i");  // one that says no line
+const COMMAND = new RegExp(`^\\s*/(?!/|(${SPEAKING})\\s+\\S)`, "i");  // one that says no line
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said

@@ -1135,7 +1135,7 @@ class World:
 
     def check_connection(self, peer: Peer, connection: batchat.Connection):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
-        assert not connection.lost_reason or connection.outbox.closed
+        assert not connection.lost_reason or connection.outbox.discards
         log, reactor = connection.outbox.log, self.reactor
         if connection not in reactor.chat.to_reconcile and log.broadcast_end == log.end:
             assert connection.outbox.has_pending == (connection in reactor.blocked)
@@ -1358,24 +1358,24 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
             log.append(data)
             for other in inside - {number}:  # four is nobody's number
                 expected[other] += data
-            if number in inside or number < 4 and outbox.closed:
+            if number in inside or number < 4 and outbox.discards:
                 outbox.exclude_newest()
         elif kind == "send":
             outbox.insert(data)
-            expected[n] += b"" if outbox.closed else data
+            expected[n] += b"" if outbox.discards else data
         elif kind == "take":
             with outbox.unsent() as unsent:
                 sent = bytes(unsent)[: data[0] % 10 if data else None]
             got[n] += sent
             outbox.advance(len(sent))
-        elif kind == "join" and outbox.cursor == batchat.UNREACHABLE and not outbox.closed:
+        elif kind == "join" and outbox.cursor == batchat.UNREACHABLE and not outbox.discards:
             inside.add(n)
             outbox.join()
         elif kind in ("leave", "lose") and n in inside:
             inside.remove(n)
             outbox.leave()
         if kind == "lose":
-            outbox.close()
+            outbox.discard()
             expected[n] = got[n]
         if kind == "trim":
             log.trim(min([log.end, *(each.cursor for each in outboxes)]))
