@@ -8,7 +8,7 @@
 A chat room is a log, and a reader is a cursor into it.  What happens in the room is an event.
 It is appended once to the log of each format (text for telnet, JSON for WebSockets), and each
 reader is sent everything new in one system call.  One thread runs the event loop: select,
-process input, send, reconcile.
+process input, send, reconcile.  A person is a caller until they have a name, then a reader.
 
 Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Person, Limiter  6. Chat
 7. Reactor  8. The web  9. main  10. The page.  Only 7 and 9 use sockets.  8 and 10 are only for
@@ -294,7 +294,7 @@ class Control(Enum):
     DISCONNECT = 2  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-# Final, so that a type checker can tell them apart; Control.OPENED is slower to look up.
+# Final, so that a type checker can tell them apart.
 OPENED: Final = Control.OPENED
 TOO_LONG: Final = Control.TOO_LONG
 DISCONNECT: Final = Control.DISCONNECT
@@ -365,13 +365,13 @@ def clean(text: str) -> str:
     # A TAB becomes a space: terminals do not wrap at a TAB.
     text = ESCAPE.sub("", text).replace("\t", " ")
     text = text.rpartition("\x15")[2]  # Ctrl-U erases the line so far
-    kept: list[str] = []
+    characters: list[str] = []
     for character in FORBIDDEN.sub("", text):
         if character in "\b\x7f":
-            del kept[-1:]
+            del characters[-1:]
         else:
-            kept.append(character)
-    return "".join(kept)
+            characters.append(character)
+    return "".join(characters)
 
 
 IAC, WILL, WONT, DO, DONT = b"\xff", b"\xfb", b"\xfc", b"\xfd", b"\xfe"
@@ -638,8 +638,7 @@ class State(Enum):
       rejected   (Limiter.add) before they are CHATTING; then disconnected, with the reason
       departing  CLOSING, lost or rejected: they take no place (Quota.departing)
       done       CLOSING, and nothing is pending: the peer has to close
-    A person is in Chat.people exactly if they are CHATTING.  A caller is one who is not yet, a
-    reader one who is.
+    A person is in Chat.people exactly if they are CHATTING.
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
@@ -679,7 +678,7 @@ class Person:
         self.outbox = Outbox(log)
         self.state = CONNECTING
         self.state_since = now
-        self.reject_code = ""  # of the reason why there is no place for them
+        self.reject_code = ""  # "crowded" or "full", if there was no place for them
         self.lost_reason = ""  # the reason why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
@@ -767,7 +766,7 @@ class Limiter:
                 # sent is still to be said.  Among equals, the one who has used most.
                 return max(
                     quota.departing,
-                    key=lambda one: (one.is_done, one.state is CLOSING, one.virtual_time),
+                    key=lambda other: (other.is_done, other.state is CLOSING, other.virtual_time),
                 )
         return None
 
@@ -798,7 +797,7 @@ class Limiter:
     def banned_minutes(self, *sources: str) -> int:
         """Minutes until the last ban of these ends; 0 if there is none."""
         until = max(self.clock.now, *(self.bans.get(source, 0) for source in sources))
-        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # floats: 5.0000001 minutes are 5
+        return math.ceil((until - self.clock.now) / 60 - 1e-6)  # 5.0000001 minutes are 5
 
 
 # ---
@@ -821,8 +820,8 @@ class History:
 
     def forget(self, source: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        kept = [(event, host) for event, host in self._lines if source not in host.sources]
-        self._lines = deque(kept, self._lines.maxlen)
+        lines = [(event, host) for event, host in self._lines if source not in host.sources]
+        self._lines = deque(lines, self._lines.maxlen)
         self._encoded.clear()
 
     def encode(self, protocol_class: type[Protocol]) -> bytes:
@@ -1149,14 +1148,14 @@ class Chat:
     def _run_command(self, person: Person, line: str) -> None:
         words = line.split(None, 1)
         name, rest = words[0].lower(), "".join(words[1:])
-        found = COMMANDS.get(name)
-        if not found or (found.operators and not person.operator):
+        typed = COMMANDS.get(name)
+        if not typed or (typed.operators and not person.operator):
             raise Refused(f"Unknown command {name}; try /help.", "unknown_command")
-        _, *parameters = found.usage.split()
+        _, *parameters = typed.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
-            raise Refused(f"Usage: {found.usage}", "usage")
-        found.run(self, person, *arguments)
+            raise Refused(f"Usage: {typed.usage}", "usage")
+        typed.run(self, person, *arguments)
 
     @command("/help", "show this list")
     def _help(self, person: Person) -> None:
@@ -1483,7 +1482,7 @@ class Reactor:
         change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
         for conn in self._lagging():
-            # Have it try to send again: the selector reports space only when a lot is free.
+            # Try to send: the selector reports space only when a lot is free.
             del self.blocked[conn]
             self._guard(self._reconcile, conn)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
@@ -1586,8 +1585,8 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", conn.label)
             reason = "an internal error"
-        # Not in `except`: the traceback would keep a view of the log.  It ends, as `disconnect` and
-        # `_close` begin with what makes the next try skip them.
+        # Not in `except`: the traceback would keep a view of the log.  It ends: a second try finds
+        # the state CLOSING, a third no connection.
         self._guard(self._abort, conn, reason)
 
     def _ready_at(self, conn: Connection) -> float:
@@ -1618,7 +1617,7 @@ class Reactor:
         self.chat.to_reconcile[conn] = None
         # Move to the end: equal ones take turns, as sorted() is stable.
         self.with_input[conn] = self.with_input.pop(conn)
-        # No more than a token's worth: the next may be somebody else's turn.
+        # A token's worth: then it may be somebody else's turn.
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
         drained = self._handle_received(conn)
         if drained and (conn.read_buffer or conn.eof):
@@ -1680,7 +1679,7 @@ class Reactor:
     def _flush(self, conn: Connection) -> None:
         with conn.outbox.unsent() as unsent:
             try:
-                # Where only empty splices are pending, `advance` drops them.
+                # `advance` drops empty splices.
                 conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
@@ -1717,8 +1716,8 @@ class Reactor:
         self._close(conn)
 
     def _close(self, conn: Connection) -> None:
-        for kept in (self.connections, self.with_input, self.blocked):
-            kept.pop(conn, None)
+        for collection in (self.connections, self.with_input, self.blocked):
+            collection.pop(conn, None)
         self.limiter.remove(conn)
         with suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(conn.sock)
@@ -1870,14 +1869,14 @@ class Web(Protocol):
 
     def _respond(self, status: int, body: str = "", subtype: str = "plain") -> Control:
         """Send a response, and close (RFC 9110)."""
-        known = HTTPStatus(status)
-        data = (body or f"{status} {known.phrase}\n").encode()
+        http_status = HTTPStatus(status)
+        data = (body or f"{status} {http_status.phrase}\n").encode()
         lines = [
-            f"HTTP/1.1 {status} {known.phrase}",
+            f"HTTP/1.1 {status} {http_status.phrase}",
             f"Content-Type: text/{subtype}; charset=utf-8",
             f"Content-Length: {len(data)}",
             "Connection: close, Upgrade",
-            "Upgrade: websocket",  # 426 needs it, and 405 needs Allow; others may have both
+            "Upgrade: websocket",  # for 426, as Allow is for 405
             "Allow: GET, HEAD",
             "Cache-Control: no-cache",
             "X-Content-Type-Options: nosniff",
@@ -1942,10 +1941,10 @@ BACKLOG = 4096  # callers
 OWN_DESCRIPTORS = 16  # log, signals and so on
 
 
-def whole_number(most: int, text: str) -> int:
-    """A whole number from 0 to `most`; raises ArgumentTypeError."""
-    if not text.isdecimal() or int(text) > most:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {most}")
+def whole_number(largest: int, text: str) -> int:
+    """A whole number from 0 to `largest`; raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) > largest:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
     return int(text)
 
 
@@ -1958,7 +1957,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
-    for flag, most, value, text in [
+    for flag, largest, value, text in [
         ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
         ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
         ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
@@ -1966,9 +1965,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
         ("--history", HISTORY_LIMIT, default.history, "lines that newcomers are shown"),
     ]:
-        number = functools.partial(whole_number, most)
-        shown = text if value is None else f"{text} (default: %(default)s)"
-        add(flag, metavar="N", type=number, default=value, help=shown)
+        number = functools.partial(whole_number, largest)
+        help_text = text if value is None else f"{text} (default: %(default)s)"
+        add(flag, metavar="N", type=number, default=value, help=help_text)
     text = "what callers are shown first (default: %(default)s)"
     add("--welcome", metavar="TEXT", default=default.welcome, help=text)
     add("--password-file", metavar="FILE", help="the operators' password is its first line")
@@ -2013,8 +2012,8 @@ def open_listener(address: str | None, *ports: int) -> socket.socket:
     shown = address or ("::" if dual else "0.0.0.0")
     for port in ports:
         try:
-            family, *_, where = socket.getaddrinfo(shown, port, type=socket.SOCK_STREAM)[0]
-            return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
+            family, *_, found = socket.getaddrinfo(shown, port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(found, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or "that is no address"
     why = why.partition(" (while")[0]  # create_server() appends the address
@@ -2074,8 +2073,8 @@ def start_logging(level: int) -> None:
     """Log to standard error, with the time unless systemd's journal adds it."""
     if sys.stderr is None:
         return  # descriptor 2 may be a socket now
-    handler, found = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
-    if os.environ.get("JOURNAL_STREAM") != f"{found.st_dev}:{found.st_ino}":
+    handler, status = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
+    if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level)
@@ -2083,15 +2082,15 @@ def start_logging(level: int) -> None:
 
 def stop_on_signals(reactor: Reactor) -> None:
     """Have Ctrl-C, SIGTERM or SIGHUP stop the server; a second Ctrl-C or SIGTERM, at once."""
-    reader, writer = socket.socketpair()
+    receiver, sender = socket.socketpair()
 
     def on_signal(signum: int, frame: object) -> None:
-        writer.send(b"!")  # wakes the event loop, which stops the server
+        sender.send(b"!")  # wakes the event loop, which stops the server
         for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
             signal.signal(number, signal.SIG_DFL)
 
     def on_wakeup() -> None:  # of the event loop
-        reader.recv(16)
+        receiver.recv(16)
         logger.info("stopping")
         reactor.stop()
 
@@ -2100,7 +2099,7 @@ def stop_on_signals(reactor: Reactor) -> None:
         # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
         if number and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)
-    reactor.selector.register(reader, READ, on_wakeup)
+    reactor.selector.register(receiver, READ, on_wakeup)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2114,8 +2113,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
     # Most options are settings of the same name.
-    chosen = {name: value for name, value in vars(options).items() if name in Settings._fields}
-    settings = Settings(**chosen, password=password, max_connections=limit)
+    values = {name: value for name, value in vars(options).items() if name in Settings._fields}
+    settings = Settings(**values, password=password, max_connections=limit)
     listeners: dict[socket.socket, type[Protocol]] = {}
     listeners[open_listener(options.host, options.port)] = Telnet
     if not options.no_web:
@@ -2180,11 +2179,11 @@ SHARED = {
     "EVENTS_VERSION": EVENTS_VERSION,
     "OP": OP,
     "LOST_SECONDS": LOST_SECONDS,
-    "SPEAKING": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
+    "SPOKEN_COMMANDS": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
-const TALK = [...SPOKEN, "whisper"];  // lines from people
+const SPOKEN_OR_WHISPERED = [...SPOKEN, "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2321,7 +2320,7 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
-const COMMAND = new RegExp(`^\\s*/(?!/|(${SPEAKING})\\s+\\S)`, "i");  // one that says no line
+const COMMAND = new RegExp(`^\\s*/(?!/|(${SPOKEN_COMMANDS})\\s+\\S)`, "i");  // one that says no line
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
   const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
@@ -2357,7 +2356,7 @@ function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
   if (SPOKEN.includes(event.type) && isOwn(event)) confirmPending(event);
-  if (!how && document.hidden && TALK.includes(event.type) && !isOwn(event)) {
+  if (!how && document.hidden && SPOKEN_OR_WHISPERED.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
   }
@@ -2384,7 +2383,7 @@ function paint() {
   updateCounts();
 }
 function paragraph(event) {
-  const { type, how } = event, own = TALK.includes(type) && event.own && "own";
+  const { type, how } = event, own = SPOKEN_OR_WHISPERED.includes(type) && event.own && "own";
   const className = [type, how, own, event.mention && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, i) =>
     i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part]))) : part);
