@@ -172,7 +172,7 @@ class Log:
 
     def __init__(self, protocol_class: type[Protocol]) -> None:
         self.protocol_class = protocol_class
-        self.readers: dict[Any, None] = {}  # an ordered set: those in the room
+        self.readers: dict[Person, None] = {}  # an ordered set: those in the room
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest = 0  # offset of the last event
@@ -313,7 +313,7 @@ class Protocol:
     PING_DATA = b""  # a ping, where the protocol has one
 
     replies = b""  # what the protocol itself answers
-    trusts_forwarded_for = False  # of Web: whether the caller is our proxy
+    is_our_proxy = False  # of Web: whether to trust X-Forwarded-For
     forwarded_for = ""  # the address in it
 
     @staticmethod
@@ -489,7 +489,7 @@ class Telnet(Protocol):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
     def scan_for_interrupt(self, unfed: bytes) -> bool:
-        # Each byte is scanned once: 64 KiB that come byte by byte would take minutes otherwise.
+        # Each byte is scanned once: else 64 KiB that come byte by byte would take minutes.
         if not self._scanned:
             self._scan_incomplete = self._incomplete  # begin where `feed` has stopped
         data = self._scan_incomplete + unfed[self._scanned :]
@@ -667,8 +667,8 @@ LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 class Person:
     """Somebody who is connected."""
 
-    # Limiter.add sets these.
-    host: Host
+    sock: socket.socket  # for the reactor alone
+    host: Host  # Limiter.add sets these three
     quota: Quota
     bucket: TokenBucket
 
@@ -679,12 +679,18 @@ class Person:
         self.state = CONNECTING
         self.state_since = now
         self.reject_code = ""  # "crowded" or "full", if there was no place for them
-        self.lost_reason = ""  # the reason why nothing can be sent any more
+        self.lost_reason = ""  # why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
         self.prompts = 0  # for a name, so far
         self.operator = False
         self.virtual_time = 0.0  # fair queueing: who has the lowest is served first
+        # For the reactor
+        self.read_buffer = b""  # read, but not fed to the protocol yet
+        self.unscanned = False  # something was read since the last scan for Ctrl-C
+        self.eof = False  # the end of the stream was read
+        self.mask = 0  # of the events that the selector is asked for
+        self.silent_ticks = 0  # since they sent anything, while nothing was pending
 
     def enter(self, state: State, now: float) -> None:
         if state not in NEXT_STATES[self.state]:
@@ -720,7 +726,7 @@ class Limiter:
         """
         person.reject_code = ""
         person.host = parse_host(address)
-        person.quota = self.quota_for(self.counted_source(person.host))
+        person.quota = self.quota_for(self.source_of(person.host))
         person.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
             quota.connections += 1
@@ -731,7 +737,7 @@ class Limiter:
         if self.settings.rate:  # anyone who reconnects must not be served first for that
             self._serve_later(person, JOIN_TOKENS - LINE_TOKENS)
 
-    def counted_source(self, host: Host) -> str:
+    def source_of(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
         return host.address if host.network in self.own_networks else host.network
 
@@ -758,7 +764,7 @@ class Limiter:
             self.quotas[source] = Quota(limit, SPARE_PER_ADDRESS, rate)
         return self.quotas[source]
 
-    def pick_to_evict(self, person: Person) -> Any:
+    def pick_to_evict(self, person: Person) -> Person | None:
         """A departing connection to close, if there are too many like this one; else None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > quota.departing_limit:
@@ -940,7 +946,7 @@ class Chat:
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         # The reactor takes these two, and empties them.
-        self.to_reconcile: dict[Any, None] = {}  # the people for whom something has changed
+        self.to_reconcile: dict[Person, None] = {}  # the people for whom something has changed
         self.new_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
         # When it was given up, its name_key, its owner; so people who left are kept for a while.
@@ -1131,9 +1137,7 @@ class Chat:
             return self.people[key]
         if former:
             for given_up, old_key, person in reversed(self._former_names):
-                if given_up <= oldest:
-                    break
-                if old_key == key:
+                if old_key == key and given_up > oldest:
                     return person
         raise Refused(f"Nobody here is called {name}.")
 
@@ -1232,7 +1236,7 @@ class Chat:
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
-            source = self.limiter.counted_source(person.host)
+            source = self.limiter.source_of(person.host)
             logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
         raise Refused("That is not the password.")
 
@@ -1246,7 +1250,7 @@ class Chat:
 
     @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
     def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
-        source = self.limiter.counted_source(self._host_of(target))
+        source = self.limiter.source_of(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= BAN_MINUTES_LIMIT:
             raise Refused(f"A ban lasts from 1 to {BAN_MINUTES_LIMIT} minutes.", "usage")
@@ -1324,19 +1328,6 @@ SOCKET_OPTIONS = [
 RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # for SO_LINGER
 
 
-class Connection(Person):
-    """A person and their socket."""
-
-    def __init__(self, sock: socket.socket, label: str, log: Log, now: float) -> None:
-        super().__init__(label, log, now)
-        self.sock = sock
-        self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = False  # something was read since the last scan for Ctrl-C
-        self.eof = False  # the end of the stream was read
-        self.mask = 0  # of the events that the selector is asked for
-        self.silent_ticks = 0  # since they sent anything, while nothing was pending
-
-
 class Reactor:
     """The event loop.
 
@@ -1361,9 +1352,9 @@ class Reactor:
         self.clock = Clock(clock)
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
-        self.connections: dict[Connection, None] = {}  # all, in order of arrival
-        self.with_input: dict[Connection, None] = {}  # those with unprocessed input
-        self.blocked: dict[Connection, None] = {}  # those whose socket is full
+        self.connections: dict[Person, None] = {}  # all, in order of arrival
+        self.with_input: dict[Person, None] = {}  # those with unprocessed input
+        self.blocked: dict[Person, None] = {}  # those whose socket is full
         self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
         self.paused = False  # somebody is lagging: no input is processed
         self.tick_at = self.clock.now
@@ -1381,8 +1372,8 @@ class Reactor:
                     break
                 ok = False
                 self.stop()
-        for conn in list(self.connections):
-            self._close(conn)
+        for person in list(self.connections):
+            self._close(person)
         return ok
 
     def stop(self) -> None:
@@ -1396,9 +1387,9 @@ class Reactor:
             self.listeners.clear()
             for log in self.chat.logs.values():
                 log.readers.clear()  # nobody reads that the others left
-            for conn in list(self.connections):
-                if conn.state is not CLOSING:
-                    self._guard(self.chat.disconnect, conn, "shutdown")
+            for person in list(self.connections):
+                if person.state is not CLOSING:
+                    self._guard(self.chat.disconnect, person, "shutdown")
 
     # The event loop
     def run_once(self) -> None:
@@ -1406,7 +1397,7 @@ class Reactor:
         ready = self.selector.select(self._timeout())
         self.clock.advance()
         for key, mask in ready:
-            if isinstance(key.data, Connection):
+            if isinstance(key.data, Person):
                 self._on_io(key.data, mask)
             else:
                 key.data()  # a function: `_accept`, or on_wakeup
@@ -1415,14 +1406,14 @@ class Reactor:
             self._broadcast(log)
         self.chat.new_bytes = 0
         to_reconcile, self.chat.to_reconcile = self.chat.to_reconcile, {}
-        for conn in to_reconcile:
-            self._guard(self._reconcile, conn)
+        for person in to_reconcile:
+            self._guard(self._reconcile, person)
         if self.clock.now >= self.tick_at:
             self._tick()
         self._apply_backpressure()
         # By now each reader has been sent all up to `broadcast_end`, or is blocked.
         for log in self.chat.logs.values():
-            cursors = [conn.outbox.cursor for conn in self.blocked if conn.outbox.log is log]
+            cursors = [person.outbox.cursor for person in self.blocked if person.outbox.log is log]
             log.trim(min([log.broadcast_end, *cursors]))
 
     def _timeout(self) -> float:
@@ -1435,24 +1426,24 @@ class Reactor:
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
 
-    def _on_io(self, conn: Connection, mask: int) -> None:
+    def _on_io(self, person: Person, mask: int) -> None:
         """Read, or try to send again."""
-        self.chat.to_reconcile[conn] = None
+        self.chat.to_reconcile[person] = None
         if mask & WRITE:
-            self.blocked.pop(conn, None)
+            self.blocked.pop(person, None)
         if mask & READ:
-            self._guard(self._read, conn)
+            self._guard(self._read, person)
 
     def _process_ready(self) -> None:
         """Process input in the order of `virtual_time`."""
         until = self.clock.read() + PROCESS_SECONDS
-        for conn in sorted(self.with_input, key=lambda conn: conn.virtual_time):
+        for person in sorted(self.with_input, key=lambda person: person.virtual_time):
             if self.clock.read() > until:
                 return
-            if self._ready_at(conn) <= self.clock.now:
-                self._guard(self._process_input, conn)
-            if conn.unscanned and self._ready_at(conn) > self.clock.now:
-                self._guard(self._scan, conn)
+            if self._ready_at(person) <= self.clock.now:
+                self._guard(self._process_input, person)
+            if person.unscanned and self._ready_at(person) > self.clock.now:
+                self._guard(self._scan, person)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1461,19 +1452,19 @@ class Reactor:
         if not size:
             return
         with memoryview(log.data)[start - log.start :] as news:
-            for conn in log.readers:
-                outbox = conn.outbox
+            for person in log.readers:
+                outbox = person.outbox
                 # Fast path: no Python call but send().
                 if outbox.cursor == start and not outbox.splices:
                     try:
-                        sent = conn.sock.send(news)
+                        sent = person.sock.send(news)
                     except OSError:
                         sent = 0  # `_reconcile` tries again
                     if sent == size:
                         outbox.cursor = end
                         continue
                     outbox.cursor += sent
-                to_reconcile[conn] = None
+                to_reconcile[person] = None
         log.broadcast_end = end
 
     def _apply_backpressure(self) -> None:
@@ -1481,25 +1472,25 @@ class Reactor:
         # The budget runs down while the room is paused, and recovers while it is not.
         change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
-        for conn in self._lagging():
+        for person in self._lagging():
             # Try to send: the selector reports space only when a lot is free.
-            del self.blocked[conn]
-            self._guard(self._reconcile, conn)
+            del self.blocked[person]
+            self._guard(self._reconcile, person)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
-            for conn in self._lagging():
-                self._guard(self._abort, conn, "too far behind")
+            for person in self._lagging():
+                self._guard(self._abort, person, "too far behind")
         self.paused = bool(self._lagging())
 
-    def _lagging(self) -> list[Connection]:
-        return [conn for conn in self.blocked if conn.outbox.lag > LAG_LIMIT]
+    def _lagging(self) -> list[Person]:
+        return [person for person in self.blocked if person.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
         """What is done once a second."""
         self.tick_at = self.clock.now + TICK_SECONDS
         self._register_listeners()
         self.limiter.tick()
-        for conn in list(self.connections):
-            self._guard(self._check_deadline, conn)
+        for person in list(self.connections):
+            self._guard(self._check_deadline, person)
 
     def _register_listeners(self) -> None:
         """Listen: at first, and again after an error."""
@@ -1510,25 +1501,25 @@ class Reactor:
                     accept = functools.partial(self._accept, listener)
                     self.selector.register(listener, READ, accept)
 
-    def _check_deadline(self, conn: Connection) -> None:
+    def _check_deadline(self, person: Person) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
-        ping = conn.protocol.PING_DATA if conn.protocol.opened else b""
-        if self.clock.now >= conn.deadline:
-            if conn.state is CLOSING or conn.lost_reason:
-                self._abort(conn, "lost for too long")  # a CLOSING one needs no reason
+        ping = person.protocol.PING_DATA if person.protocol.opened else b""
+        if self.clock.now >= person.deadline:
+            if person.state is CLOSING or person.lost_reason:
+                self._abort(person, "lost for too long")  # a CLOSING one needs no reason
             else:
-                self.chat.disconnect(conn, "timeout")
-        elif ping and not conn.outbox.has_pending and conn not in self.with_input:
-            conn.silent_ticks += 1
-            if conn.silent_ticks >= SILENT_TICKS:
-                self._lose(conn, "it answers no ping")
-            elif conn.silent_ticks % PING_TICKS == 0:
-                self.chat.send_raw(conn, ping)
+                self.chat.disconnect(person, "timeout")
+        elif ping and not person.outbox.has_pending and person not in self.with_input:
+            person.silent_ticks += 1
+            if person.silent_ticks >= SILENT_TICKS:
+                self._lose(person, "it answers no ping")
+            elif person.silent_ticks % PING_TICKS == 0:
+                self.chat.send_raw(person, ping)
 
     # Callers
     def _accept(self, listener: socket.socket) -> None:
-        """Accept callers, unless the server was stopped in this iteration."""
-        if not self.listeners:
+        """Accept callers."""
+        if not self.listeners:  # stopped in this iteration
             return
         for _ in range(ACCEPT_BATCH):
             try:
@@ -1546,186 +1537,187 @@ class Reactor:
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            conn = Connection(sock, label, log, self.clock.now)
-            self.limiter.add(conn, address)
-            self.connections[conn] = None
-            self._guard(self._admit, conn)
+            person = Person(label, log, self.clock.now)
+            person.sock = sock
+            self.limiter.add(person, address)
+            self.connections[person] = None
+            self._guard(self._admit, person)
 
-    def _admit(self, conn: Connection) -> None:
-        sock, protocol = conn.sock, conn.protocol
+    def _admit(self, person: Person) -> None:
+        sock, protocol = person.sock, person.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        trusted = self.limiter.settings.behind_proxy and conn.host.address == LOCALHOST
-        protocol.trusts_forwarded_for = trusted
+        is_local = person.host.address == LOCALHOST
+        protocol.is_our_proxy = is_local and self.limiter.settings.behind_proxy
         if protocol.opened:
-            self.chat.greet(conn)
-        self._reconcile(conn)
-        self._evict(conn)
+            self.chat.greet(person)
+        self._reconcile(person)
+        self._evict(person)
 
-    def _evict(self, conn: Connection) -> None:
+    def _evict(self, person: Person) -> None:
         """Close departing connections, while too many share a quota with this one."""
-        while other := self.limiter.pick_to_evict(conn):
+        while other := self.limiter.pick_to_evict(person):
             if other.is_done:
                 self._close(other)
             else:
                 self._guard(self._abort, other, "too many connections")
 
     # One connection
-    def _guard(self, step: Callable[..., None], conn: Connection, *arguments: Any) -> None:
+    def _guard(self, step: Callable[..., None], person: Person, *arguments: Any) -> None:
         """Take a step with one connection; if it fails, drop that one alone."""
-        if conn not in self.connections:
+        if person not in self.connections:
             return
         try:
-            step(conn, *arguments)
+            step(person, *arguments)
             return
         except OSError as error:
             reason = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", conn.label)
+            logger.exception("an internal error, with %s", person.label)
             reason = "an internal error"
         # Not in `except`: the traceback would keep a view of the log.  It ends: a second try finds
         # the state CLOSING, a third no connection.
-        self._guard(self._abort, conn, reason)
+        self._guard(self._abort, person, reason)
 
-    def _ready_at(self, conn: Connection) -> float:
+    def _ready_at(self, person: Person) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
-        has_unread = conn.outbox.private_bytes > PRIVATE_LIMIT
+        has_unread = person.outbox.private_bytes > PRIVATE_LIMIT
         if self.paused or has_unread or self.chat.new_bytes > LAG_LIMIT:
             return NEVER
-        return max(conn.bucket.ready_at, conn.quota.bucket.ready_at)
+        return max(person.bucket.ready_at, person.quota.bucket.ready_at)
 
-    def _read(self, conn: Connection) -> None:
+    def _read(self, person: Person) -> None:
         """Read ahead; `_reconcile` watches for READ only while there is space."""
         try:
-            data = conn.sock.recv(min(READ_SIZE, READ_AHEAD - len(conn.read_buffer)))
+            data = person.sock.recv(min(READ_SIZE, READ_AHEAD - len(person.read_buffer)))
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(conn, error.strerror)  # what they sent before is still said
+            self._lose(person, error.strerror)  # what they sent before is still said
             data = b""
-        conn.silent_ticks = 0
-        conn.eof = not data
-        if conn.state is not CLOSING:
-            conn.read_buffer += data
-            conn.unscanned = True
-            self.with_input[conn] = None
+        person.silent_ticks = 0
+        person.eof = not data
+        if person.state is not CLOSING:
+            person.read_buffer += data
+            person.unscanned = True
+            self.with_input[person] = None
 
-    def _process_input(self, conn: Connection) -> None:
+    def _process_input(self, person: Person) -> None:
         """Handle what was received; then feed the protocol once, and handle what comes of it."""
-        self.chat.to_reconcile[conn] = None
+        self.chat.to_reconcile[person] = None
         # Move to the end: equal ones take turns, as sorted() is stable.
-        self.with_input[conn] = self.with_input.pop(conn)
+        self.with_input[person] = self.with_input.pop(person)
         # A token's worth: then it may be somebody else's turn.
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        drained = self._handle_received(conn)
-        if drained and (conn.read_buffer or conn.eof):
-            data, conn.read_buffer = conn.read_buffer[:size], conn.read_buffer[size:]
-            self.limiter.charge(conn, len(data) / BYTES_PER_TOKEN)
-            conn.protocol.feed(data)  # b"" is the end of the stream
-            drained = self._handle_received(conn)
-        if drained and not conn.read_buffer and not conn.eof:
-            del self.with_input[conn]
+        drained = self._handle_received(person)
+        if drained and (person.read_buffer or person.eof):
+            data, person.read_buffer = person.read_buffer[:size], person.read_buffer[size:]
+            self.limiter.charge(person, len(data) / BYTES_PER_TOKEN)
+            person.protocol.feed(data)  # b"" is the end of the stream
+            drained = self._handle_received(person)
+        if drained and not person.read_buffer and not person.eof:
+            del self.with_input[person]
 
-    def _handle_received(self, conn: Connection) -> bool:
+    def _handle_received(self, person: Person) -> bool:
         """Handle what was received; False if the person has to wait first, or has left."""
-        while conn.state is not CLOSING and self._ready_at(conn) <= self.clock.now:
-            received = conn.protocol.next()
-            if conn.protocol.replies:
-                self._send_replies(conn)
+        while person.state is not CLOSING and self._ready_at(person) <= self.clock.now:
+            received = person.protocol.next()
+            if person.protocol.replies:
+                self._send_replies(person)
             if received is None:
                 return True
-            self.chat.handle(conn, received)
+            self.chat.handle(person, received)
             if received is OPENED:
-                self._evict(conn)  # `greet` may have counted them under another address
+                self._evict(person)  # `greet` may have counted them under another address
         return False
 
-    def _scan(self, conn: Connection) -> None:
+    def _scan(self, person: Person) -> None:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
-        conn.unscanned = False
-        if conn.state is not CLOSING and conn.protocol.scan_for_interrupt(conn.read_buffer):
-            self._send_replies(conn)
-            self.chat.handle(conn, DISCONNECT)
+        person.unscanned = False
+        if person.state is not CLOSING and person.protocol.scan_for_interrupt(person.read_buffer):
+            self._send_replies(person)
+            self.chat.handle(person, DISCONNECT)
 
-    def _send_replies(self, conn: Connection) -> None:
-        self.chat.send_raw(conn, conn.protocol.replies)
-        conn.protocol.replies = b""
+    def _send_replies(self, person: Person) -> None:
+        self.chat.send_raw(person, person.protocol.replies)
+        person.protocol.replies = b""
 
-    def _reconcile(self, conn: Connection) -> None:
+    def _reconcile(self, person: Person) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
-        outbox = conn.outbox
-        if outbox.has_pending and conn not in self.blocked:
-            self._flush(conn)
+        outbox = person.outbox
+        if outbox.has_pending and person not in self.blocked:
+            self._flush(person)
         if outbox.has_pending:
-            self.blocked[conn] = None
+            self.blocked[person] = None
         else:
-            self.blocked.pop(conn, None)
-        if conn.state is CLOSING:  # reads go on, up to EOF
-            conn.read_buffer = b""
-            self.with_input.pop(conn, None)
-        if conn.is_done:
-            if conn.eof:
-                self._close(conn)
+            self.blocked.pop(person, None)
+        if person.state is CLOSING:  # reads go on, up to EOF
+            person.read_buffer = b""
+            self.with_input.pop(person, None)
+        if person.is_done:
+            if person.eof:
+                self._close(person)
                 return
             # No close yet: with input unread, it resets the connection (RFC 1122, 4.2.2.13).
             with suppress(OSError):  # the peer is gone already
-                conn.sock.shutdown(socket.SHUT_WR)
-        mask = WRITE if conn in self.blocked else 0
-        if not conn.eof and len(conn.read_buffer) < READ_AHEAD:
+                person.sock.shutdown(socket.SHUT_WR)
+        mask = WRITE if person in self.blocked else 0
+        if not person.eof and len(person.read_buffer) < READ_AHEAD:
             mask |= READ
-        self._watch(conn, mask)
+        self._watch(person, mask)
 
-    def _flush(self, conn: Connection) -> None:
-        with conn.outbox.unsent() as unsent:
+    def _flush(self, person: Person) -> None:
+        with person.outbox.unsent() as unsent:
             try:
                 # `advance` drops empty splices.
-                conn.outbox.advance(conn.sock.send(unsent) if unsent else 0)
+                person.outbox.advance(person.sock.send(unsent) if unsent else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
             except OSError as error:
-                self._lose(conn, error.strerror)
+                self._lose(person, error.strerror)
 
-    def _lose(self, conn: Connection, reason: str | None) -> None:
+    def _lose(self, person: Person, reason: str | None) -> None:
         """Send nothing more: the peer has missed something.
 
         What was read is still processed.  After the shutdown, recv() returns EOF.
         """
-        if not conn.lost_reason:
-            conn.lost_reason, conn.lost_at = reason or "lost", self.clock.now
-            conn.outbox.discard()
-            self.limiter.mark_departing(conn)
+        if not person.lost_reason:
+            person.lost_reason, person.lost_at = reason or "lost", self.clock.now
+            person.outbox.discard()
+            self.limiter.mark_departing(person)
             with suppress(OSError):  # the peer is gone already
-                conn.sock.shutdown(socket.SHUT_RDWR)
+                person.sock.shutdown(socket.SHUT_RDWR)
 
-    def _watch(self, conn: Connection, mask: int) -> None:
-        if mask != conn.mask:
-            if conn.mask:
-                self.selector.unregister(conn.sock)
-            conn.mask = mask
+    def _watch(self, person: Person, mask: int) -> None:
+        if mask != person.mask:
+            if person.mask:
+                self.selector.unregister(person.sock)
+            person.mask = mask
             if mask:
-                self.selector.register(conn.sock, mask, conn)
+                self.selector.register(person.sock, mask, person)
 
-    def _abort(self, conn: Connection, reason: str) -> None:
+    def _abort(self, person: Person, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
-        if conn.state is not CLOSING:
-            self.chat.disconnect(conn, reason=reason)
+        if person.state is not CLOSING:
+            self.chat.disconnect(person, reason=reason)
         # A plain close would keep a full send buffer in the kernel for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
-            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._close(conn)
+            person.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._close(person)
 
-    def _close(self, conn: Connection) -> None:
+    def _close(self, person: Person) -> None:
         for collection in (self.connections, self.with_input, self.blocked):
-            collection.pop(conn, None)
-        self.limiter.remove(conn)
+            collection.pop(person, None)
+        self.limiter.remove(person)
         with suppress(OSError, KeyError):  # it failed, or is not registered
-            self.selector.unregister(conn.sock)
+            self.selector.unregister(person.sock)
         with suppress(OSError):  # nothing else to do
-            conn.sock.close()
-        conn.read_buffer = b""  # free the memory: Chat._former_names may keep this object
-        conn.protocol = type(conn.protocol)()
-        conn.outbox.discard()
+            person.sock.close()
+        person.read_buffer = b""  # free the memory: Chat._former_names may keep this object
+        person.protocol = type(person.protocol)()
+        person.outbox.discard()
 
 
 # ---
@@ -1836,7 +1828,7 @@ class Web(Protocol):
             return DISCONNECT if self._eof else None
         try:
             method, path, fields = parse_request(head)
-            if self.trusts_forwarded_for and "x-forwarded-for" in fields:
+            if self.is_our_proxy and "x-forwarded-for" in fields:
                 nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
                 self.forwarded_for = str(ipaddress.ip_address(nearest.partition("%")[0]))  # no zone
         except ValueError:
@@ -2183,7 +2175,7 @@ SHARED = {
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
-const SPOKEN_OR_WHISPERED = [...SPOKEN, "whisper"];
+const FROM_PEOPLE = [...SPOKEN, "whisper"];
 const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
@@ -2356,7 +2348,7 @@ function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
   if (SPOKEN.includes(event.type) && isOwn(event)) confirmPending(event);
-  if (!how && document.hidden && SPOKEN_OR_WHISPERED.includes(event.type) && !isOwn(event)) {
+  if (!how && document.hidden && FROM_PEOPLE.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
   }
@@ -2383,7 +2375,7 @@ function paint() {
   updateCounts();
 }
 function paragraph(event) {
-  const { type, how } = event, own = SPOKEN_OR_WHISPERED.includes(type) && event.own && "own";
+  const { type, how } = event, own = FROM_PEOPLE.includes(type) && event.own && "own";
   const className = [type, how, own, event.mention && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, i) =>
     i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part]))) : part);

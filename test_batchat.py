@@ -636,7 +636,7 @@ class OurError(Exception):
 class Peer:
     """A simulated client, the network up to it, and what the model knows about it."""
 
-    connection: batchat.Connection  # since it was accepted
+    connection: batchat.Person  # since it was accepted
 
     def __init__(self, world: World, protocol: type[Protocol], host: str, low_water: int):
         self.world, self.protocol, self.host = world, protocol, host
@@ -955,7 +955,7 @@ class WatchedChat(Chat):
         assert not world.was_paused or message is DISCONNECT
         self.speaker = peer
         world.work += 1
-        world.spent.update([peer, self.limiter.counted_source(person.host)])
+        world.spent.update([peer, self.limiter.source_of(person.host)])
         peer.messages.append(message)
         peer.waited = 0
         ignore = re.fullmatch(r"/ignore (\w+)", message) if isinstance(message, str) else None
@@ -1133,7 +1133,7 @@ class World:
             share *= batchat.LOCALHOST_FACTOR if who == batchat.LOCALHOST else 1
             assert tokens <= rate * share * (self.now - START + batchat.BURST_SECONDS) + 1
 
-    def check_connection(self, peer: Peer, connection: batchat.Connection):
+    def check_connection(self, peer: Peer, connection: batchat.Person):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
         assert not connection.lost_reason or connection.outbox.discards
         log, reactor = connection.outbox.log, self.reactor
@@ -2200,7 +2200,7 @@ def test_ban_in_our_own_network(kept, ann):
     kept.limiter.remove(gone)
     kept.wait(20)
     kept.limiter.add(behind_proxy, "2001:db8::5")
-    assert kept.limiter.counted_source(behind_proxy.host) == "2001:db8::5"
+    assert kept.limiter.source_of(behind_proxy.host) == "2001:db8::5"
     ann.types("/unban 2001:db8::5")
     ann.expect("* 2001:db8::/64 is no longer banned.\n")
     for line, banned in [("/ban 2001:DB8::5", [0, 60, 60]), ("/unban 2001:DB8::5", [0, 0, 0]),
