@@ -700,7 +700,9 @@ class Person:
     @property
     def deadline(self) -> float:
         """When this state ends at the latest."""
-        return min(self.state_since + STATE_SECONDS[self.state], self.lost_at + LOST_SECONDS)
+        if self.lost_reason and self.state is not CLOSING:
+            return self.lost_at + LOST_SECONDS
+        return self.state_since + STATE_SECONDS[self.state]
 
     @property
     def is_done(self) -> bool:
@@ -768,12 +770,8 @@ class Limiter:
         """A departing connection to close, if there are too many like this one; else None."""
         for quota in (self.everyone, person.quota):
             if len(quota.departing) > quota.departing_limit:
-                # First those who are done, then others who are CLOSING; last the lost, as what they
-                # sent is still to be said.  Among equals, the one who has used most.
-                return max(
-                    quota.departing,
-                    key=lambda other: (other.is_done, other.state is CLOSING, other.virtual_time),
-                )
+                # First those who are done; among equals, the one who has used most.
+                return max(quota.departing, key=lambda other: (other.is_done, other.virtual_time))
         return None
 
     def charge(self, person: Person, tokens: float) -> None:
@@ -986,7 +984,7 @@ class Chat:
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
-            line = f"/op {match[1]}"
+            line = f"/op{match[1]}"
         body = line.lstrip()
         if body[:2] == "//":  # but //op is /op
             self.publish("said", person, text=body[1:])
@@ -1095,7 +1093,6 @@ class Chat:
         """
         was_chatting = person.state is CHATTING
         person.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
-        self.limiter.mark_departing(person)
         self.to_reconcile[person] = None
         if was_chatting:
             self._release_name(person)
@@ -1112,6 +1109,7 @@ class Chat:
             logger.info("%s left: %s", person.name, how)
         else:
             logger.debug("%s left before joining: %s", person.label, reason or code)
+        self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
         self.send_raw(person, person.protocol.last_bytes(code))
@@ -1629,8 +1627,9 @@ class Reactor:
             if received is None:
                 return True
             self.chat.handle(person, received)
-            if received is OPENED:
-                self._evict(person)  # `greet` may have counted them under another address
+            if received is OPENED:  # `greet` may have counted them under another address
+                self._reconcile(person)  # send the answer before they may be evicted
+                self._evict(person)
         return False
 
     def _scan(self, person: Person) -> None:
@@ -1710,11 +1709,11 @@ class Reactor:
     def _close(self, person: Person) -> None:
         for collection in (self.connections, self.with_input, self.blocked):
             collection.pop(person, None)
-        self.limiter.remove(person)
         with suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(person.sock)
         with suppress(OSError):  # nothing else to do
             person.sock.close()
+        self.limiter.remove(person)
         person.read_buffer = b""  # free the memory: Chat._former_names may keep this object
         person.protocol = type(person.protocol)()
         person.outbox.discard()
@@ -1775,6 +1774,9 @@ class Phase(Enum):
     REQUEST, OPEN, ENDED = range(3)
 
 
+REQUEST, OPEN, ENDED = Phase
+
+
 class Web(Protocol):
     """A browser or a bot: one HTTP request, which gets a response or opens a WebSocket.
 
@@ -1785,7 +1787,7 @@ class Web(Protocol):
     PING_DATA = frame(PING, b"")
 
     def __init__(self) -> None:
-        self._phase = Phase.REQUEST
+        self._phase = REQUEST
         self._data = b""
         self._eof = False  # nothing more will be fed
         self._fragments: bytes | None = None  # those so far, within a message
@@ -1797,17 +1799,17 @@ class Web(Protocol):
 
     @property
     def opened(self) -> bool:
-        return self._phase is Phase.OPEN
+        return self._phase is OPEN
 
     def feed(self, data: bytes) -> None:
         self._data += data
         self._eof = not data
 
     def next(self) -> Received | None:
-        if self._phase is Phase.REQUEST:
+        if self._phase is REQUEST:
             return self._parse_head()
         while not self._lines:
-            if not self.opened:
+            if self._phase is ENDED:
                 return DISCONNECT
             if not self._parse_frame():
                 return DISCONNECT if self._eof else None
@@ -1856,7 +1858,7 @@ class Web(Protocol):
         accept = digest("sha1", key + WEBSOCKET_GUID)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
-        self._phase, self._data = Phase.OPEN, after
+        self._phase, self._data = OPEN, after
         return OPENED
 
     def _respond(self, status: int, body: str = "", subtype: str = "plain") -> Control:
@@ -1874,7 +1876,7 @@ class Web(Protocol):
             "X-Content-Type-Options: nosniff",
             f"Content-Security-Policy: {PAGE_POLICY}",
         ]
-        self._phase = Phase.ENDED
+        self._phase = ENDED
         self.replies += "\r\n".join([*lines, "", ""]).encode()
         if not self._data.startswith(b"HEAD "):  # after an error, it is not parsed
             self.replies += data
@@ -1920,7 +1922,7 @@ class Web(Protocol):
     def _send_close(self, code: int) -> bool:
         """Send a close frame (0: without a code).  Always True: go on, in another phase."""
         self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
-        self._phase = Phase.ENDED
+        self._phase = ENDED
         return True
 
 
