@@ -1813,7 +1813,7 @@ class Web(Protocol):
                 return DISCONNECT
             if not self._parse_frame():
                 return DISCONNECT if self._eof else None
-        return clean(decode_line(self._lines.popleft()))  # broken UTF-8 is mended, as on telnet
+        return clean(self._lines.popleft().decode("utf-8", "replace"))
 
     def last_bytes(self, code: str) -> bytes:
         if self.opened:

@@ -2228,7 +2228,7 @@ def test_who_shows_operators_each_address(kept, ann):
         each.expect(f"* 2 here: {text}\n")
 
 
-@cases("line, cost", ("mike", 5), ("hi", 1), ("/nick mick", 25), ("/op wrong", 50))
+@cases("line, cost", ("mike", 5), ("/op-ed", 1), ("/nick mick", 25), ("/op wrong", 50))
 def test_some_lines_cost_more(kept, line, cost):
     mike = kept.caller(*["mike"] * (cost != 5), host="203.0.113.5")
     before = mike.bucket.ready_at
