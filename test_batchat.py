@@ -3725,8 +3725,8 @@ def test_soak_simulated_network(pytestconfig):
 @pytest.mark.soak
 def test_soak_crowd_leaves_nothing_behind(houses):
     """200 people come and go over real sockets; no descriptor and no memory is lost."""
-    held, small = [], [(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)]
-    with mock.patch.multiple(batchat, SOCKET_OPTIONS=small, **SMALL_LIMITS):
+    held, small = [], {"SOCKET_OPTIONS": [(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)]}
+    with mock.patch.multiple(batchat, FORMER_NAMES_LIMIT=100, **small, **SMALL_LIMITS):
         house = houses(max_per_address=0, max_connections=500)
         for steps in (1000, 5000):
             for step in range(steps):
