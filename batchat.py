@@ -306,7 +306,7 @@ class Protocol:
     """A protocol without sockets.
 
     What was read is given to `feed`, in parts.  After each, `next` returns lines and controls until
-    it returns None.  After DISCONNECT there is only `last_bytes`.
+    it returns None.  After DISCONNECT there is only `end`.
     """
 
     ECHO = False  # whether speakers are sent what they say
@@ -340,9 +340,12 @@ class Protocol:
         """
         return False
 
-    def last_bytes(self, code: str) -> bytes:
-        """What to send last; the `closing` event before it, if there is one, has this code."""
-        return b""
+    def end(self, code: str) -> None:
+        """Reply what is sent last, after the `closing` event with this code, if there is one."""
+
+    def take_replies(self) -> bytes:
+        replies, self.replies = self.replies, b""
+        return replies
 
 
 # Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC) without slashes: /op is a command.
@@ -1112,7 +1115,8 @@ class Chat:
         self.limiter.mark_departing(person)
         if code and person.protocol.opened:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
-        self.send_raw(person, person.protocol.last_bytes(code))
+        person.protocol.end(code)
+        self.send_raw(person, person.protocol.take_replies())
 
     # Names
     def _available_name(self, person: Person, text: str) -> str:
@@ -1623,7 +1627,7 @@ class Reactor:
         while person.state is not CLOSING and self._ready_at(person) <= self.clock.now:
             received = person.protocol.next()
             if person.protocol.replies:
-                self._send_replies(person)
+                self.chat.send_raw(person, person.protocol.take_replies())
             if received is None:
                 return True
             self.chat.handle(person, received)
@@ -1636,12 +1640,8 @@ class Reactor:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
         person.unscanned = False
         if person.state is not CLOSING and person.protocol.scan_for_interrupt(person.read_buffer):
-            self._send_replies(person)
+            self.chat.send_raw(person, person.protocol.take_replies())
             self.chat.handle(person, DISCONNECT)
-
-    def _send_replies(self, person: Person) -> None:
-        self.chat.send_raw(person, person.protocol.replies)
-        person.protocol.replies = b""
 
     def _reconcile(self, person: Person) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
@@ -1815,11 +1815,9 @@ class Web(Protocol):
                 return DISCONNECT if self._eof else None
         return clean(self._lines.popleft().decode("utf-8", "replace"))
 
-    def last_bytes(self, code: str) -> bytes:
+    def end(self, code: str) -> None:
         if self.opened:
             self._send_close(CLOSE_CODES.get(code, 1000))
-        replies, self.replies = self.replies, b""
-        return replies
 
     def _parse_head(self) -> Received | None:
         """Parse the head of the request, if it is complete, and answer."""
