@@ -53,7 +53,7 @@ logger = logging.getLogger("batchat")
 # "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
 # that `text_of` makes of it.
 Event = Dict[str, Any]
-EVENTS_VERSION = 1  # `protocol` in a greeting: a page that was made for another one reloads itself
+PROTOCOL_VERSION = 1  # in a greeting: a page that was made for another one reloads itself
 
 BANNER = r"""
    ____      _       _____     ____   _   _      _       _____   
@@ -132,8 +132,8 @@ def local_time(pattern: str, at: int) -> str:
 # 2. Settings, and limits of several parts
 
 LINE_LIMIT = 4096  # bytes, without the line end
-WHISPER_LIMIT = 64 << 10  # private bytes pending, above which whispers to a person are refused
-PRIVATE_LIMIT = 2 * WHISPER_LIMIT  # private bytes pending, above which their own input waits
+# Private bytes pending, above which whispers to a person are refused, and their own input waits.
+WHISPER_PENDING_LIMIT, PRIVATE_PENDING_LIMIT = 64 << 10, 128 << 10
 
 # Tokens: an allowance of --rate a second.
 LINE_TOKENS = 1  # of every line or control; it is part of those below
@@ -151,7 +151,7 @@ class Settings(NamedTuple):
     max_people: int = 0  # in the room; 0 is no limit
     max_per_address: int = 100  # connections; 0 is no limit
     history: int = 0  # lines; 0 keeps none
-    welcome: str = "Welcome to BATCHAT local reviews and chat!"
+    greeting: str = "Welcome to BATCHAT local reviews and chat!"
     password: str = ""  # of the operators; without one, there are none
     behind_proxy: bool = False  # trust X-Forwarded-For of callers from localhost
     max_connections: int = 1_000_000  # from the limit of open descriptors
@@ -161,7 +161,7 @@ class Settings(NamedTuple):
 # 3. Log and Outbox
 
 UNREACHABLE = 1 << 62  # an offset that no log ever reaches
-SPLICE_SIZE = 128  # bytes: what a splice adds to a lag
+SPLICE_LAG = 128  # bytes: what a splice adds to a lag
 
 
 class Log:
@@ -175,7 +175,7 @@ class Log:
         self.readers: dict[Person, None] = {}  # an ordered set: those in the room
         self.data = bytearray()
         self.start = 0  # offset of data[0]
-        self.newest = 0  # offset of the last event
+        self.newest_start = 0  # of the last event
         self.broadcast_end = 0  # offset up to which readers were sent it, if not blocked
 
     @property
@@ -183,7 +183,7 @@ class Log:
         return self.start + len(self.data)
 
     def append(self, data: bytes) -> None:
-        self.newest = self.end
+        self.newest_start = self.end
         self.data += data
 
     def trim(self, offset: int) -> None:
@@ -198,7 +198,7 @@ class Outbox:
     A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
     (a reply to this person), then go on at `resume` (after their own line).  With the cursor at
     100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
-    Splices are in order.  Outside the room the cursor is UNREACHABLE, and so are all offsets.
+    Outside the room the cursor is UNREACHABLE, and so are all offsets.
     """
 
     def __init__(self, log: Log) -> None:
@@ -206,12 +206,12 @@ class Outbox:
         self.cursor = UNREACHABLE
         self.splices: list[tuple[int, bytes, int]] = []
         self.private_bytes = 0  # in all splices
-        self.discards = False  # nothing can be sent any more
+        self.is_discarding = False
 
     @property
     def lag(self) -> int:
-        """Bytes of the log that this cursor keeps; a splice counts as SPLICE_SIZE."""
-        return max(0, self.log.end - self.cursor) + len(self.splices) * SPLICE_SIZE
+        """Bytes of the log that this cursor keeps; a splice counts as SPLICE_LAG."""
+        return max(0, self.log.end - self.cursor) + len(self.splices) * SPLICE_LAG
 
     @property
     def has_pending(self) -> bool:
@@ -219,7 +219,7 @@ class Outbox:
 
     def join(self) -> None:
         """Read the log from its end on; private bytes that are pending come first."""
-        if not self.discards:
+        if not self.is_discarding:
             self.cursor = end = self.log.end
             self.splices = [(end, private, end) for _, private, _ in self.splices]
 
@@ -229,31 +229,31 @@ class Outbox:
 
     def discard(self) -> None:
         """Drop everything pending, and from now on what is added."""
-        self.discards = True
+        self.is_discarding = True
         self.cursor = UNREACHABLE
         self.splices.clear()
         self.private_bytes = 0
 
-    def insert(self, data: bytes) -> None:
+    def append_private(self, data: bytes) -> None:
         """Send `data` to this person only, after everything in the log so far."""
-        last = self.splices[-1][2] if self.splices else self.cursor
-        offset = max(last, self.log.end)
+        resume = self.splices[-1][2] if self.splices else self.cursor
+        offset = max(resume, self.log.end)
         self._splice(offset, data, offset)
 
     def exclude_newest(self) -> None:
         """Leave out the event that was appended just now; only for readers of the log."""
-        self._splice(self.log.newest, b"", self.log.end)
+        self._splice(self.log.newest_start, b"", self.log.end)
 
     def _splice(self, offset: int, private: bytes, resume: int) -> None:
         """Add a splice.  One without bytes, where the last one resumes, is merged into that."""
-        if not self.discards:
+        if not self.is_discarding:
             self.private_bytes += len(private)
             if self.splices and self.splices[-1][2] == offset and not private:
                 self.splices[-1] = (*self.splices[-1][:2], resume)
             else:
                 self.splices.append((offset, private, resume))
 
-    def unsent(self) -> memoryview:
+    def pending(self) -> memoryview:
         """Everything pending, in order.  Release it before the log grows.
 
         From UNREACHABLE on, a slice of the log is empty.
@@ -294,26 +294,26 @@ class Control(Enum):
     DISCONNECT = 2  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-# Final, so that a type checker can tell them apart.
+# Final: a type checker can tell them apart.
 OPENED: Final = Control.OPENED
 TOO_LONG: Final = Control.TOO_LONG
 DISCONNECT: Final = Control.DISCONNECT
 LineOrTooLong = Union[str, Literal[Control.TOO_LONG]]
-Received = Union[str, Control]
+LineOrControl = Union[str, Control]
 
 
 class Protocol:
     """A protocol without sockets.
 
     What was read is given to `feed`, in parts.  After each, `next` returns lines and controls until
-    it returns None.  After DISCONNECT there is only `end`.
+    it returns None.  After DISCONNECT there is only `finish`.
     """
 
-    ECHO = False  # whether speakers are sent what they say
+    ECHOES_OWN_LINES = False
     PING_DATA = b""  # a ping, where the protocol has one
 
     replies = b""  # what the protocol itself answers
-    is_our_proxy = False  # of Web: whether to trust X-Forwarded-For
+    trusts_forwarded_for = False  # of Web: X-Forwarded-For, from our proxy
     forwarded_for = ""  # the address in it
 
     @staticmethod
@@ -321,7 +321,7 @@ class Protocol:
         raise NotImplementedError
 
     @property
-    def opened(self) -> bool:
+    def is_open(self) -> bool:
         """Whether events can be sent: of Web, while a WebSocket is open."""
         return True
 
@@ -329,7 +329,7 @@ class Protocol:
         """Take what the peer sent; b"" is the end of the stream."""
         raise NotImplementedError
 
-    def next(self) -> Received | None:
+    def next(self) -> LineOrControl | None:
         """The next line or control; None if more must be fed first."""
         raise NotImplementedError
 
@@ -340,7 +340,7 @@ class Protocol:
         """
         return False
 
-    def end(self, code: str) -> None:
+    def finish(self, code: str) -> None:
         """Reply what is sent last, after the `closing` event with this code, if there is one."""
 
     def take_replies(self) -> bytes:
@@ -391,7 +391,7 @@ LEAVING_KEY = re.compile(b"[" + CTRL_C + CTRL_D + b"]")
 # The keys for which a telnet sends a command.  Without BINARY the common ones send it inside of
 # characters, too: they ignore the top bit, and send IP for the 83 in \u0443 (D1 83) as for 03,
 # Ctrl-C.  There, the command is turned into its key with the top bit set.
-KEYS = {
+KEY_OF_TELNET_COMMAND = {
     b"\xec": 0x04,  # EOF (RFC 1184): Ctrl-D
     b"\xed": 0x1A,  # SUSP (RFC 1184): Ctrl-Z
     b"\xee": 0x1C,  # ABORT (RFC 1184): Ctrl-\
@@ -404,9 +404,11 @@ KEYS = {
     IAC: 0xFF,  # the byte 255 itself
 }
 # The beginning of a character in UTF-8.
-UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
+INCOMPLETE_CHARACTER = re.compile(
+    rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z"
+)
 # The same telnets drop byte 0x85 (Ctrl-E).  This finds characters that lost it:
-SWALLOWED = re.compile(
+CHARACTER_WITHOUT_85 = re.compile(
     rb"""( [\xc3-\xdf] (?![\x80-\xbf])  # a letter of two bytes
         | \xe0[\xa0-\xbf] (?![\x80-\xbf])  # an Indic or Thai letter
         | [\xe3\xea-\xed] (?=[\x80-\xbf](?![\x80-\xbf])) )  # a Korean letter""",
@@ -419,10 +421,10 @@ def decode_line(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError:
-        return SWALLOWED.sub(b"\\1\x85", line).decode("utf-8", "replace")
+        return CHARACTER_WITHOUT_85.sub(b"\\1\x85", line).decode("utf-8", "replace")
 
 
-def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
+def split_telnet_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Take the telnet commands out of `data`.
 
     Returns the text, with keys for commands; an incomplete character or command at the end, which
@@ -431,21 +433,21 @@ def split_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
     if data.isascii():  # the usual case
         return data, b"", b""
     text, end, incomplete, replies = bytearray(), 0, b"", bytearray()
-    for command in TELNET_COMMAND.finditer(data):
-        text += data[end : command.start()]
-        end = command.end()
-        verb, last = command.groups()
-        if not last:
-            incomplete = command[0]
-        elif verb in REFUSALS and last != BINARY:
-            replies += IAC + REFUSALS[verb] + last
-        elif not verb and last in KEYS:
-            top_bit = 0x80 if UNFINISHED.search(text[-3:]) else 0
-            text.append(KEYS[last] | top_bit)
+    for match in TELNET_COMMAND.finditer(data):
+        text += data[end : match.start()]
+        end = match.end()
+        verb, last_byte = match.groups()
+        if not last_byte:
+            incomplete = match[0]
+        elif verb in REFUSALS and last_byte != BINARY:
+            replies += IAC + REFUSALS[verb] + last_byte
+        elif not verb and last_byte in KEY_OF_TELNET_COMMAND:
+            top_bit = 0x80 if INCOMPLETE_CHARACTER.search(text[-3:]) else 0
+            text.append(KEY_OF_TELNET_COMMAND[last_byte] | top_bit)
     text += data[end:]
-    if unfinished := UNFINISHED.search(text[-3:]):
-        incomplete = unfinished[0] + incomplete
-        del text[-len(unfinished[0]) :]
+    if character := INCOMPLETE_CHARACTER.search(text[-3:]):
+        incomplete = character[0] + incomplete
+        del text[-len(character[0]) :]
     return bytes(text), incomplete, bytes(replies)
 
 
@@ -457,12 +459,12 @@ class Telnet(Protocol):
 
     def __init__(self) -> None:
         self._asked = False  # for BINARY
-        self._incomplete = b""  # from `split_commands`
+        self._incomplete = b""  # from `split_telnet_commands`
         self._scanned = 0  # bytes that `scan_for_interrupt` has seen, and that were not fed yet
-        self._scan_incomplete = b""  # from `split_commands`, at their end
-        self._last = b""  # the last byte of text; an LF after a CR ends no further line
+        self._scan_incomplete = b""  # `_incomplete`, at their end
+        self._last_byte = b""  # of text; an LF after a CR ends no further line
         self._text = b""  # with "\n" for every line end
-        self._taken = 0  # bytes of `_text`
+        self._consumed = 0  # bytes of `_text`
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -473,18 +475,19 @@ class Telnet(Protocol):
             self._text += CTRL_D  # the end of the stream counts as one
             return
         self._scanned = max(0, self._scanned - len(data))
-        text, self._incomplete, replies = split_commands(self._incomplete + data)
+        text, self._incomplete, replies = split_telnet_commands(self._incomplete + data)
         if ending := LEAVING_KEY.search(text):  # what comes after it is ignored
             text = text[: ending.end()]
-        after_cr = self._last == b"\r"
-        self._last = text[-1:] or self._last
+        after_cr = self._last_byte == b"\r"
+        self._last_byte = text[-1:] or self._last_byte
         if after_cr and text[:1] in (b"\n", b"\0"):
             text = text[1:]  # that line has ended already
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
-        lines = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
-        self._text += lines.replace(b"\r", b"\n")
-        ends_like_telnet = len(lines) < len(text)  # with CR LF or CR NUL
-        if not self._asked and (IAC in data or (ends_like_telnet and not self._text.isascii())):
+        shortened = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        self._text += shortened.replace(b"\r", b"\n")
+        ends_like_telnet = len(shortened) < len(text)  # with CR LF or CR NUL
+        is_telnet = IAC in data or (ends_like_telnet and not self._text.isascii())
+        if is_telnet and not self._asked:
             self._asked = True
             self.replies += ASK_FOR_BINARY
         self.replies += replies
@@ -496,22 +499,22 @@ class Telnet(Protocol):
         if not self._scanned:
             self._scan_incomplete = self._incomplete  # begin where `feed` has stopped
         data = self._scan_incomplete + unfed[self._scanned :]
-        text, self._scan_incomplete, replies = split_commands(data)
+        text, self._scan_incomplete, replies = split_telnet_commands(data)
         self._scanned = len(unfed)
         if CTRL_C in text:
             # Without an answer to its TIMING-MARK, telnet shows nothing more (RFC 860).
             self.replies += replies
         return CTRL_C in text or CTRL_C in self._text
 
-    def next(self) -> Received | None:
-        start, end = self._taken, self._text.find(b"\n", self._taken)
+    def next(self) -> LineOrControl | None:
+        start, end = self._consumed, self._text.find(b"\n", self._consumed)
         if end < 0:
             if self._text.endswith((CTRL_C, CTRL_D)):
                 return DISCONNECT
             # One byte over the limit is enough to see that a line is too long.
-            self._text, self._taken = self._text[start : start + LINE_LIMIT + 1], 0
+            self._text, self._consumed = self._text[start : start + LINE_LIMIT + 1], 0
             return None
-        line, self._taken = self._text[start:end], end + 1
+        line, self._consumed = self._text[start:end], end + 1
         return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
 
 
@@ -524,8 +527,8 @@ LOCALHOST = "localhost"
 class Host(NamedTuple):
     """Where somebody connects from: an address, and its network.
 
-    A source is one of the two: it is counted, and can be banned, as one.  Hosts are for example
-    ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64") and (LOCALHOST, LOCALHOST).
+    A source is one of the two: it is counted, and can be banned, as one.  Examples:
+    ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), (LOCALHOST, LOCALHOST)
     """
 
     address: str
@@ -557,13 +560,12 @@ class Clock:
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
         self.read = read  # in seconds, from any start
         self.now = read()
-        self.elapsed = 0.0  # since the iteration before
-        self.wall_time = int(time.time())  # seconds since the epoch
+        self.advance()
 
     def advance(self) -> None:
         before, self.now = self.now, self.read()
-        self.elapsed = self.now - before
-        self.wall_time = int(time.time())
+        self.elapsed = self.now - before  # since the iteration before
+        self.wall_time = int(time.time())  # seconds since the epoch
 
 
 BURST_SECONDS = 5  # of the rate: what can be saved up
@@ -583,55 +585,59 @@ class TokenBucket:
         self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
 
 
-ADDRESS_FACTOR = 10  # times a person's rate: everyone from one address together
-LOCALHOST_FACTOR = 10  # times an address's rate: everyone from localhost together
+SOURCE_RATE_FACTOR = 10  # times a person's rate: everyone from one source together
+LOCALHOST_RATE_FACTOR = 10  # times a source's rate: everyone from localhost together
 SPARE_CONNECTIONS = 16  # for departing people, where the server is full
-SPARE_PER_ADDRESS = 100  # the same, where too many are from one address
-SOURCES_LIMIT = 10_000  # with a quota; more only while all are in use
+SPARE_PER_SOURCE = 100  # the same, where too many are from one source
+QUOTAS_LIMIT = 10_000  # with a quota; more only while all are in use
 
 
 class Quota:
     """Connections that are counted together, and the tokens that they share."""
 
-    def __init__(self, limit: int, spare: int, rate: float = math.inf) -> None:
+    def __init__(self, limit: int, spare_places: int, rate: float = math.inf) -> None:
         self.limit = limit  # 0 is no limit
-        self.spare = spare  # places for departing people, where no others are free
+        self.spare_places = spare_places
         self.bucket = TokenBucket(rate)
-        self.connections = 0
-        self.departing: dict[Person, None] = {}  # part of `connections`, but they take no place
+        self.connection_count = 0
+        self.departing: dict[Person, None] = {}  # counted, but they take no place
         self.wrong_passwords = 0
 
     @property
-    def free(self) -> int:
+    def free_places(self) -> int:
         """Free places, where there is a limit; below 0 if too many are taken."""
-        return self.limit - self.connections + len(self.departing)
+        return self.limit - self.connection_count + len(self.departing)
 
     @property
     def departing_limit(self) -> int:
         """How many may be departing: they may use free places, or at least the spare ones."""
-        return max(self.spare, self.free) if self.limit else self.spare
+        return max(self.spare_places, self.free_places) if self.limit else self.spare_places
 
 
 class State(Enum):
-    """Where a person stands.
+    """Where a person stands; what may happen then, and the state that follows:
 
-    State          What happens                            Next state
-    CONNECTING     telnet: nothing more is needed          AWAITING_NAME, with a greeting
-                   browser: it asks for a WebSocket        AWAITING_NAME, with a greeting
-                   browser: something else, or no request  CLOSING
-                   rejected: too many people, or a ban     CLOSING
-    AWAITING_NAME  a valid name that is free               CHATTING; the others are told
-                   an invalid or taken one                 AWAITING_NAME; after NAME_TRIES CLOSING
-                   a line that is too long or looks like   CLOSING
-                   HTTP, no name in time, rejected
-    CHATTING       kicked                                  CLOSING; the others are told
-    not CLOSING    /quit, DISCONNECT                       CLOSING; the others are told (*)
-                   shutdown                                CLOSING
-                   too far behind, an error, lost for      CLOSING; the others are told (*), and
-                   too long, evicted (see Limiter)         closed at once
-    CLOSING        all is sent, and the peer has closed    closed
-                   an error, not in time, evicted, or the  closed
-                   server ends
+    CONNECTING
+      telnet: nothing more is needed           AWAITING_NAME, with a greeting
+      browser: it asks for a WebSocket         AWAITING_NAME, with a greeting
+      browser: something else, or no request   CLOSING
+      rejected: too many people, or a ban      CLOSING
+    AWAITING_NAME
+      a valid name that is free                CHATTING; the others are told
+      an invalid or taken one                  AWAITING_NAME; the last time CLOSING
+      a line that is too long or looks like    CLOSING
+      HTTP, no name in time, rejected
+    CHATTING
+      kicked                                   CLOSING; the others are told
+    all but CLOSING
+      /quit, DISCONNECT                        CLOSING; the others are told (*)
+      shutdown                                 CLOSING
+      too far behind, an error, lost for too   CLOSING; the others are told (*), and
+      long, evicted (see Limiter)              closed at once
+    CLOSING
+      all is sent, and the peer has closed     closed
+      an error, not in time, evicted, or the   closed
+      server ends
     (*) if they were CHATTING
 
     Only Chat.greet, Chat._join and Chat.disconnect change the state, and Reactor._close closes.
@@ -647,10 +653,7 @@ class State(Enum):
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
 
 
-CONNECTING: Final = State.CONNECTING
-AWAITING_NAME: Final = State.AWAITING_NAME
-CHATTING: Final = State.CHATTING
-CLOSING: Final = State.CLOSING
+CONNECTING, AWAITING_NAME, CHATTING, CLOSING = State
 NEXT_STATES = {
     CONNECTING: (AWAITING_NAME, CLOSING),
     AWAITING_NAME: (CHATTING, CLOSING),
@@ -668,15 +671,15 @@ LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 
 
 class Person:
-    """Somebody who is connected."""
+    """One connection, even one that only asks for the page."""
 
     sock: socket.socket  # for the reactor alone
     host: Host  # Limiter.add sets these three
     quota: Quota
     bucket: TokenBucket
 
-    def __init__(self, label: str, log: Log, now: float) -> None:
-        self.label = label  # where they connected from, for the server log
+    def __init__(self, peer_label: str, log: Log, now: float) -> None:
+        self.peer_label = peer_label  # for the server log
         self.protocol = log.protocol_class()
         self.outbox = Outbox(log)
         self.state = CONNECTING
@@ -686,7 +689,7 @@ class Person:
         self.lost_at = NEVER
         self.name = ""
         self.prompts = 0  # for a name, so far
-        self.operator = False
+        self.is_operator = False
         self.virtual_time = 0.0  # fair queueing: who has the lowest is served first
         # For the reactor
         self.read_buffer = b""  # read, but not fed to the protocol yet
@@ -719,7 +722,7 @@ class Limiter:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.clock = clock
         self.settings = settings
-        self.everyone = Quota(settings.max_connections, SPARE_CONNECTIONS)
+        self.server_quota = Quota(settings.max_connections, SPARE_CONNECTIONS)
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
@@ -727,20 +730,20 @@ class Limiter:
     def add(self, person: Person, address: str) -> None:
         """Count a connection from an address; if there are too many, it is rejected.
 
-        One that a proxy has made is removed, and added again with the address that it tells.
+        One that a proxy has made is added again, with the address that it tells.
         """
         person.reject_code = ""
         person.host = parse_host(address)
         person.quota = self.quota_for(self.source_of(person.host))
         person.bucket = TokenBucket(self.settings.rate)
-        for quota, code in ((person.quota, "crowded"), (self.everyone, "full")):
-            quota.connections += 1
-            if quota.limit and quota.free < 0:
+        for quota, code in ((person.quota, "crowded"), (self.server_quota, "full")):
+            quota.connection_count += 1
+            if quota.limit and quota.free_places < 0:
                 person.reject_code = code
         if person.reject_code or person.lost_reason:  # lost: before it was added again
             self.mark_departing(person)
-        if self.settings.rate:  # anyone who reconnects must not be served first for that
-            self._serve_later(person, JOIN_TOKENS - LINE_TOKENS)
+        if self.settings.rate:  # anyone who reconnects must not be served first
+            self._raise_virtual_time(person, JOIN_TOKENS - LINE_TOKENS)
 
     def source_of(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
@@ -748,30 +751,29 @@ class Limiter:
 
     def mark_departing(self, person: Person) -> None:
         """Stop counting a connection: it ends when its input is processed, or all is sent."""
-        for quota in (self.everyone, person.quota):
+        for quota in (self.server_quota, person.quota):
             quota.departing[person] = None
 
     def remove(self, person: Person) -> None:
-        """Forget a connection."""
-        for quota in (self.everyone, person.quota):
-            quota.connections -= 1
+        for quota in (self.server_quota, person.quota):
+            quota.connection_count -= 1
             quota.departing.pop(person, None)
 
     def quota_for(self, source: str) -> Quota:
         """The quota with this source; a new one if it is not known."""
         if source not in self.quotas:
-            if len(self.quotas) >= SOURCES_LIMIT:
-                idle = (key for key, quota in self.quotas.items() if not quota.connections)
+            if len(self.quotas) >= QUOTAS_LIMIT:
+                idle = (key for key, quota in self.quotas.items() if not quota.connection_count)
                 self.quotas.pop(next(idle, ""), None)
-            limit, rate = self.settings.max_per_address, self.settings.rate * ADDRESS_FACTOR
+            limit, rate = self.settings.max_per_address, self.settings.rate * SOURCE_RATE_FACTOR
             if source == LOCALHOST:
-                limit, rate = 0, rate * LOCALHOST_FACTOR
-            self.quotas[source] = Quota(limit, SPARE_PER_ADDRESS, rate)
+                limit, rate = 0, rate * LOCALHOST_RATE_FACTOR
+            self.quotas[source] = Quota(limit, SPARE_PER_SOURCE, rate)
         return self.quotas[source]
 
     def pick_to_evict(self, person: Person) -> Person | None:
-        """A departing connection to close, if there are too many like this one; else None."""
-        for quota in (self.everyone, person.quota):
+        """A departing connection to close, if too many are like this one; else None."""
+        for quota in (self.server_quota, person.quota):
             if len(quota.departing) > quota.departing_limit:
                 # First those who are done; among equals, the one who has used most.
                 return max(quota.departing, key=lambda other: (other.is_done, other.virtual_time))
@@ -782,18 +784,18 @@ class Limiter:
         if self.settings.rate:
             person.bucket.spend(tokens, self.clock.now)
             person.quota.bucket.spend(tokens, self.clock.now)
-            self._serve_later(person, tokens)
+            self._raise_virtual_time(person, tokens)
 
-    def _serve_later(self, person: Person, tokens: float) -> None:
+    def _raise_virtual_time(self, person: Person, tokens: float) -> None:
         """Raise `virtual_time`: for 1 token by 0.1 s, if their share of the address is 10/s."""
-        share = person.quota.bucket.rate / person.quota.connections
+        share = person.quota.bucket.rate / person.quota.connection_count
         person.virtual_time = max(person.virtual_time, self.clock.now) + tokens / share
 
     def tick(self) -> None:
         """Forget the quotas that hold nothing to remember, and the bans that are over."""
         for source, quota in list(self.quotas.items()):
-            is_rested = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
-            if is_rested and not quota.connections and not quota.wrong_passwords:
+            bucket_is_full = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
+            if bucket_is_full and not quota.connection_count and not quota.wrong_passwords:
                 del self.quotas[source]
         self.bans = {source: until for source, until in self.bans.items() if until > self.clock.now}
 
@@ -810,8 +812,8 @@ class Limiter:
 # ---
 # 6. Chat
 
-HISTORY_LIMIT = 1000  # lines
-HISTORY_SIZE = 64 << 10  # bytes of text
+HISTORY_LINES_LIMIT = 1000
+HISTORY_BYTES_LIMIT = 64 << 10  # of text
 
 
 class History:
@@ -832,13 +834,13 @@ class History:
         self._encoded.clear()
 
     def encode(self, protocol_class: type[Protocol]) -> bytes:
-        """The last lines, of HISTORY_SIZE together at most."""
+        """The last lines, of HISTORY_BYTES_LIMIT together at most."""
         if protocol_class not in self._encoded:
             events: deque[Event] = deque()
             size = 0
             for event, _ in reversed(self._lines):
                 size += len(event["text"].encode())
-                if size > HISTORY_SIZE:
+                if size > HISTORY_BYTES_LIMIT:
                     break
                 events.appendleft(event)
             event = {"type": "history", "events": [*events]}
@@ -861,9 +863,9 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 # A line that begins with "/op", with any kind of slash or letters, also after punctuation, is never
-# said.  "/op-ed" is not, either: it is better to refuse too much than to tell a password.
-OP = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"  # the page uses it, too
-PASSWORD_LINE = re.compile(rf"[\W_]*{OP}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
+# said.  Nor is "/op-ed": better to refuse too much than to tell a password.
+OP_PATTERN = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"
+PASSWORD_LINE = re.compile(rf"[\W_]*{OP_PATTERN}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
 HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
 
 
@@ -880,7 +882,7 @@ def is_name_character(character: str) -> bool:
     return character in "_-." or category[0] in "LM" or category == "Nd"
 
 
-def check_name(text: str) -> str:
+def parse_name(text: str) -> str:
     """`text` as a name, in NFC; raises Refused if it is none."""
     name = unicodedata.normalize("NFC", text.strip()[:NORMALIZE_LIMIT])
     is_name = (
@@ -896,41 +898,42 @@ def check_name(text: str) -> str:
     return name
 
 
-Handler = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
+CommandHandler = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
 
 
 class Command(NamedTuple):
-    run: Handler
+    handler: CommandHandler
     usage: str  # its name and arguments, optional ones in brackets
-    text: str  # what it does, for /help; "" if it is not listed
-    operators: bool  # whether it is for them alone
-    says: bool  # whether it publishes a SPOKEN event: the page shows the line as pending
+    summary: str  # what it does, for /help; "" if it is not listed
+    operators_only: bool
+    spoken: bool  # whether it publishes a SPOKEN event: the page shows the line as pending
 
 
 COMMANDS: dict[str, Command] = {}  # by name and alias
 
 
 def command(
-    usage: str, text: str, *aliases: str, operators: bool = False, says: bool = False
-) -> Callable[[Handler], Handler]:
+    usage: str, summary: str, *aliases: str, operators_only: bool = False, spoken: bool = False
+) -> Callable[[CommandHandler], CommandHandler]:
     """Make a method of Chat a command.
 
     `usage` is shown, and it is how a line is split: for "/msg NAME TEXT" the method gets a word
     and the rest of the line.
     """
 
-    def register(run: Handler) -> Handler:
+    def register(handler: CommandHandler) -> CommandHandler:
         names = (usage.split()[0], *aliases)
-        COMMANDS.update(dict.fromkeys(names, Command(run, usage, text, operators, says)))
-        return run
+        entry = Command(handler, usage, summary, operators_only, spoken)
+        COMMANDS.update(dict.fromkeys(names, entry))
+        return handler
 
     return register
 
 
-NAME_TRIES = 5
+PROMPTS_LIMIT = 5  # for a name
 FORMER_NAMES_LIMIT = 10_000
 FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
-BAN_MINUTES = 60  # if the operator gives none
+DEFAULT_BAN_MINUTES = 60
 BAN_MINUTES_LIMIT = 525_600
 BANS_LIMIT = 1000
 WRONG_PASSWORDS_WARNED = 10  # from one address
@@ -947,15 +950,15 @@ class Chat:
         self.history = History(self.settings.history)
         self.people: dict[str, Person] = {}  # those who are chatting, by name_key
         # The reactor takes these two, and empties them.
-        self.to_reconcile: dict[Person, None] = {}  # the people for whom something has changed
+        self.to_reconcile: dict[Person, None] = {}
         self.new_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
-        # When it was given up, its name_key, its owner; so people who left are kept for a while.
+        # When it was given up, its name_key, its owner.
         self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES_LIMIT)
         self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
 
     # The state machine
-    def handle(self, person: Person, received: Received) -> None:
+    def handle(self, person: Person, received: LineOrControl) -> None:
         """Do what a line or control means in this state: see State."""
         self.limiter.charge(person, LINE_TOKENS)
         try:
@@ -964,17 +967,15 @@ class Chat:
             elif received is OPENED:
                 self.greet(person)
             elif person.state is AWAITING_NAME:
-                self._take_name(person, received)
-            elif person.state is CHATTING:
-                self._take_line(person, received)
+                self._handle_name(person, received)
             else:
-                raise RuntimeError(f"{received!r} in {person.state}")
+                self._handle_line(person, received)
         except Refused as error:
             self.send(person, "error", code=error.code, text=str(error))
             if person.state is AWAITING_NAME:
                 self._ask_for_name(person)
 
-    def _take_name(self, person: Person, line: LineOrTooLong) -> None:
+    def _handle_name(self, person: Person, line: LineOrTooLong) -> None:
         if line is TOO_LONG or HTTP_REQUEST.match(line):  # a web request, long or not
             self.disconnect(person, reason="sent no name")
         elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
@@ -982,7 +983,7 @@ class Chat:
         else:
             self._join(person, line)
 
-    def _take_line(self, person: Person, line: LineOrTooLong) -> None:
+    def _handle_line(self, person: Person, line: LineOrTooLong) -> None:
         if line is TOO_LONG:
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
@@ -1003,7 +1004,7 @@ class Chat:
         """Show everyone in the room an event.
 
         What is said is left out for those who ignore the speaker, and for speakers themselves if
-        their screen shows it already (not ECHO).
+        their screen shows it already (not ECHOES_OWN_LINES).
         """
         self._last_id += 1
         event = {
@@ -1021,7 +1022,7 @@ class Chat:
         if event_type in SPOKEN:
             if self.settings.history:
                 self.history.append(event, person.host)
-            if not person.protocol.ECHO:
+            if not person.protocol.ECHOES_OWN_LINES:
                 person.outbox.exclude_newest()
             for ignorer in self._ignorers.get(person, ()):
                 ignorer.outbox.exclude_newest()
@@ -1031,7 +1032,7 @@ class Chat:
 
     def send_raw(self, person: Person, data: bytes) -> None:
         if data:
-            person.outbox.insert(data)
+            person.outbox.append_private(data)
             self.new_bytes += len(data)
             self.to_reconcile[person] = None
 
@@ -1040,30 +1041,30 @@ class Chat:
         """Greet a caller and ask for a name, or say why they may not join."""
         address = person.protocol.forwarded_for
         if address:  # from a proxy: count them under this address
-            person.label = f"{address} through {person.label}"
+            person.peer_label = f"{address} through {person.peer_label}"
             self.limiter.remove(person)
             self.limiter.add(person, address)
-        if not self._reject(person):
+        if not self._reject_if_needed(person):
             person.enter(AWAITING_NAME, self.clock.now)
             self.send(
                 person,
                 "greeting",
-                protocol=EVENTS_VERSION,
+                protocol=PROTOCOL_VERSION,
                 banner=BANNER,
-                text=self.settings.welcome,
+                text=self.settings.greeting,
                 room=self.room_id,
                 max_line=LINE_LIMIT,
             )
             self._ask_for_name(person)
 
     def _ask_for_name(self, person: Person) -> None:
-        if person.prompts == NAME_TRIES:
+        if person.prompts == PROMPTS_LIMIT:
             self.disconnect(person, "tries")
         else:
             person.prompts += 1
             self.send(person, "prompt", text=PROMPT)
 
-    def _reject(self, person: Person) -> bool:
+    def _reject_if_needed(self, person: Person) -> bool:
         """Disconnect a caller if they may not join; returns whether it did."""
         minutes = self.limiter.banned_minutes(*person.host.sources)
         is_full = 0 < self.settings.max_people <= len(self.people)
@@ -1074,7 +1075,7 @@ class Chat:
 
     def _join(self, person: Person, text: str) -> None:
         """Let a caller in by the name that they typed, or reject them; raises Refused."""
-        if self._reject(person):
+        if self._reject_if_needed(person):
             return
         person.name = name = self._available_name(person, text)
         self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
@@ -1086,7 +1087,7 @@ class Chat:
         self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.settings.history:
             self.send_raw(person, self.history.encode(type(person.protocol)))
-        logger.info("%s joined from %s (%d here)", name, person.label, len(self.people))
+        logger.info("%s joined from %s (%d here)", name, person.peer_label, len(self.people))
 
     def disconnect(self, person: Person, code: str = "", reason: str = "", **fields: Any) -> None:
         """Close a person's connection when everything pending is sent, and tell the others.
@@ -1108,20 +1109,20 @@ class Chat:
                 self.publish("kicked", person, **fields)
             else:
                 self.publish("quit", person)
-            how = f"{reason or code} ({person.label}, {len(self.people)} here)"
+            how = f"{reason or code} ({person.peer_label}, {len(self.people)} here)"
             logger.info("%s left: %s", person.name, how)
         else:
-            logger.debug("%s left before joining: %s", person.label, reason or code)
+            logger.debug("%s left before joining: %s", person.peer_label, reason or code)
         self.limiter.mark_departing(person)
-        if code and person.protocol.opened:
+        if code and person.protocol.is_open:
             self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
-        person.protocol.end(code)
+        person.protocol.finish(code)
         self.send_raw(person, person.protocol.take_replies())
 
     # Names
     def _available_name(self, person: Person, text: str) -> str:
         """`text` as a name that this person may take, or already has; raises Refused."""
-        name = check_name(text)
+        name = parse_name(text)
         if self.people.get(name_key(name), person) is not person:
             raise Refused(f"The name {name} is taken.", "name_taken")
         return name
@@ -1138,8 +1139,8 @@ class Chat:
         if key in self.people:
             return self.people[key]
         if former:
-            for given_up, old_key, person in reversed(self._former_names):
-                if old_key == key and given_up > oldest:
+            for given_up_at, old_key, person in reversed(self._former_names):
+                if old_key == key and given_up_at > oldest:
                     return person
         raise Refused(f"Nobody here is called {name}.")
 
@@ -1154,34 +1155,34 @@ class Chat:
     def _run_command(self, person: Person, line: str) -> None:
         words = line.split(None, 1)
         name, rest = words[0].lower(), "".join(words[1:])
-        typed = COMMANDS.get(name)
-        if not typed or (typed.operators and not person.operator):
+        entry = COMMANDS.get(name)
+        if not entry or (entry.operators_only and not person.is_operator):
             raise Refused(f"Unknown command {name}; try /help.", "unknown_command")
-        _, *parameters = typed.usage.split()
+        _, *parameters = entry.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
-            raise Refused(f"Usage: {typed.usage}", "usage")
-        typed.run(self, person, *arguments)
+            raise Refused(f"Usage: {entry.usage}", "usage")
+        entry.handler(self, person, *arguments)
 
     @command("/help", "show this list")
     def _help(self, person: Person) -> None:
         commands = dict.fromkeys(COMMANDS.values())  # aliases left out
-        may_run = [each for each in commands if person.operator or not each.operators]
-        rows = [[each.usage, each.text] for each in may_run if each.text]
-        rows.append(["//TEXT", "say a line that starts with a slash"])  # see _take_line
+        may_run = [each for each in commands if person.is_operator or not each.operators_only]
+        rows = [[each.usage, each.summary] for each in may_run if each.summary]
+        rows.append(["//TEXT", "say a line that starts with a slash"])  # see _handle_line
         self.send(person, "help", commands=rows)
 
     @command("/who", "show who is here", "/names", "/list")
     def _who(self, person: Person) -> None:
         rows: list[Event] = []
         for _, other in sorted(self.people.items()):
-            address = {"address": other.host.address} if person.operator else {}
-            rows.append({"name": other.name, "operator": other.operator, **address})
+            address = {"address": other.host.address} if person.is_operator else {}
+            rows.append({"name": other.name, "operator": other.is_operator, **address})
         data = person.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(person, len(data) / WHO_BYTES_PER_TOKEN)
         self.send_raw(person, data)
 
-    @command("/me ACTION", "say what you do: /me waves", says=True)
+    @command("/me ACTION", "say what you do: /me waves", spoken=True)
     def _me(self, person: Person, text: str) -> None:
         self.publish("did", person, text=text)
 
@@ -1190,7 +1191,7 @@ class Chat:
         other = self._find(name)
         fields = {"at": self.clock.wall_time, "from": person.name, "to": other.name, "text": text}
         if other is not person and other not in self._ignorers.get(person, ()):
-            if other.outbox.private_bytes > WHISPER_LIMIT:
+            if other.outbox.private_bytes > WHISPER_PENDING_LIMIT:
                 raise Refused(f"{other.name} has too much to read; your line was not sent.")
             self.send(other, "whisper", **fields)
         self.send(person, "whisper", **fields)
@@ -1201,7 +1202,7 @@ class Chat:
         if name == person.name:
             raise Refused(f"You are {name} already.")
         self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
-        logger.info("%s is now %s (%s)", person.name, name, person.label)
+        logger.info("%s is now %s (%s)", person.name, name, person.peer_label)
         self.publish("renamed", person, to=name)  # with the old name
         self._release_name(person)
         person.name = name
@@ -1230,11 +1231,11 @@ class Chat:
         if not self.settings.password:
             raise Refused("This server has no operators.")
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
-            person.operator = True
-            logger.info("%s is an operator (%s)", person.name, person.label)
+            person.is_operator = True
+            logger.info("%s is an operator (%s)", person.name, person.peer_label)
             self.send(person, "notice", text="You are an operator now; /help shows what that is.")
             return
-        logger.info("%s gave a wrong password (%s)", person.name, person.label)
+        logger.info("%s gave a wrong password (%s)", person.name, person.peer_label)
         self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
         person.quota.wrong_passwords += 1
         if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
@@ -1242,16 +1243,16 @@ class Chat:
             logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
         raise Refused("That is not the password.")
 
-    @command("/kick NAME [WHY]", "remove somebody", operators=True)
+    @command("/kick NAME [WHY]", "remove somebody", operators_only=True)
     def _kick(self, person: Person, name: str, why: str = "no reason given") -> None:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise Refused(f"{name} has left already.")
-        logger.info("%s kicked %s (%s)", person.name, other.name, person.label)
+        logger.info("%s kicked %s (%s)", person.name, other.name, person.peer_label)
         self.disconnect(other, "kicked", by=person.name, text=why)
 
-    @command("/ban NAME [MINUTES]", "remove somebody, and refuse their address", operators=True)
-    def _ban(self, person: Person, target: str, duration: str = str(BAN_MINUTES)) -> None:
+    @command("/ban NAME [MINUTES]", "remove somebody and ban their address", operators_only=True)
+    def _ban(self, person: Person, target: str, duration: str = str(DEFAULT_BAN_MINUTES)) -> None:
         source = self.limiter.source_of(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= BAN_MINUTES_LIMIT:
@@ -1270,16 +1271,15 @@ class Chat:
         text = f"{source} is banned for {minutes} min; still here from there: {here}."
         self.send(person, "notice", text=text)
 
-    @command("/bans", "show the banned addresses", operators=True)
+    @command("/bans", "show the banned addresses", operators_only=True)
     def _bans(self, person: Person) -> None:
-        lines = [
-            f"{source} is banned for another {self.limiter.banned_minutes(source)} min."
-            for source in self.limiter.bans
-        ]
-        for text in lines or ["No address is banned."]:
-            self.send(person, "notice", text=text)
+        if not self.limiter.bans:
+            self.send(person, "notice", text="No address is banned.")
+        for source in self.limiter.bans:
+            minutes = self.limiter.banned_minutes(source)
+            self.send(person, "notice", text=f"{source} is banned for another {minutes} min.")
 
-    @command("/unban ADDRESS", "end a ban", operators=True)
+    @command("/unban ADDRESS", "end a ban", operators_only=True)
     def _unban(self, person: Person, target: str) -> None:
         sources = self._host_of(target).sources
         ended = sorted(source for source in sources if self.limiter.bans.pop(source, None))
@@ -1298,7 +1298,7 @@ class Chat:
 # also waits when one iteration has made that many new bytes.  So a log is never longer than twice
 # LAG_LIMIT, plus a few events.
 LAG_LIMIT = 512 << 10  # bytes
-STALL_SECONDS = 2.0  # the stall budget: how long the room may be paused
+STALL_BUDGET_SECONDS = 2.0  # how long the room may be paused
 STALL_RECOVERY = 0.2  # seconds regained per second without a pause
 
 TICK_SECONDS = 1.0  # between two checks of all deadlines
@@ -1306,7 +1306,7 @@ PROCESS_SECONDS = 0.05  # for processing input in one iteration
 POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
 SHUTDOWN_SECONDS = 2.0  # to send what is pending, and for the peers to close
 PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not run does not count
-SILENT_TICKS = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
+SILENT_TICKS_LIMIT = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
@@ -1347,17 +1347,17 @@ class Reactor:
         listeners: dict[socket.socket, type[Protocol]],
         settings: Settings,
         selector: selectors.BaseSelector | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        read_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.listeners = dict(listeners)  # until the server is stopped
         self.selector = selector or selectors.DefaultSelector()
-        self.clock = Clock(clock)
+        self.clock = Clock(read_clock)
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
         self.connections: dict[Person, None] = {}  # all, in order of arrival
-        self.with_input: dict[Person, None] = {}  # those with unprocessed input
+        self.with_input: dict[Person, None] = {}  # that is unprocessed
         self.blocked: dict[Person, None] = {}  # those whose socket is full
-        self.stall_budget = STALL_SECONDS  # seconds for which the room may still be paused
+        self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
         self.paused = False  # somebody is lagging: no input is processed
         self.tick_at = self.clock.now
         self.ends_at = NEVER  # when a stopped server ends, at the latest
@@ -1379,7 +1379,7 @@ class Reactor:
         return ok
 
     def stop(self) -> None:
-        """Shut down: tell everyone, send what is pending, wait for them to close."""
+        """Tell everyone, send what is pending, wait for them to close."""
         if self.listeners:
             self.ends_at = self.clock.now + SHUTDOWN_SECONDS
             for listener in self.listeners:
@@ -1396,14 +1396,14 @@ class Reactor:
     # The event loop
     def run_once(self) -> None:
         """One iteration; waits for something to do."""
-        ready = self.selector.select(self._timeout())
+        selected = self.selector.select(self._timeout())
         self.clock.advance()
-        for key, mask in ready:
+        for key, mask in selected:
             if isinstance(key.data, Person):
                 self._on_io(key.data, mask)
             else:
                 key.data()  # a function: `_accept`, or on_wakeup
-        self._process_ready()
+        self._process_all_input()
         for log in self.chat.logs.values():
             self._broadcast(log)
         self.chat.new_bytes = 0
@@ -1436,7 +1436,7 @@ class Reactor:
         if mask & READ:
             self._guard(self._read, person)
 
-    def _process_ready(self) -> None:
+    def _process_all_input(self) -> None:
         """Process input in the order of `virtual_time`."""
         until = self.clock.read() + PROCESS_SECONDS
         for person in sorted(self.with_input, key=lambda person: person.virtual_time):
@@ -1445,7 +1445,7 @@ class Reactor:
             if self._ready_at(person) <= self.clock.now:
                 self._guard(self._process_input, person)
             if person.unscanned and self._ready_at(person) > self.clock.now:
-                self._guard(self._scan, person)
+                self._guard(self._scan_for_interrupt, person)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1471,9 +1471,8 @@ class Reactor:
 
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
-        # The budget runs down while the room is paused, and recovers while it is not.
         change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
-        self.stall_budget = min(max(0, self.stall_budget + change), STALL_SECONDS)
+        self.stall_budget = min(max(0, self.stall_budget + change), STALL_BUDGET_SECONDS)
         for person in self._lagging():
             # Try to send: the selector reports space only when a lot is free.
             del self.blocked[person]
@@ -1487,7 +1486,6 @@ class Reactor:
         return [person for person in self.blocked if person.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
-        """What is done once a second."""
         self.tick_at = self.clock.now + TICK_SECONDS
         self._register_listeners()
         self.limiter.tick()
@@ -1505,7 +1503,7 @@ class Reactor:
 
     def _check_deadline(self, person: Person) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
-        ping = person.protocol.PING_DATA if person.protocol.opened else b""
+        ping = person.protocol.PING_DATA if person.protocol.is_open else b""
         if self.clock.now >= person.deadline:
             if person.state is CLOSING or person.lost_reason:
                 self._abort(person, "lost for too long")  # a CLOSING one needs no reason
@@ -1513,14 +1511,13 @@ class Reactor:
                 self.chat.disconnect(person, "timeout")
         elif ping and not person.outbox.has_pending and person not in self.with_input:
             person.silent_ticks += 1
-            if person.silent_ticks >= SILENT_TICKS:
+            if person.silent_ticks >= SILENT_TICKS_LIMIT:
                 self._lose(person, "it answers no ping")
             elif person.silent_ticks % PING_TICKS == 0:
                 self.chat.send_raw(person, ping)
 
     # Callers
     def _accept(self, listener: socket.socket) -> None:
-        """Accept callers."""
         if not self.listeners:  # stopped in this iteration
             return
         for _ in range(ACCEPT_BATCH):
@@ -1535,30 +1532,30 @@ class Reactor:
             if not peer:  # on macOS: the caller is gone again
                 continue
             address, port = peer[:2]
-            label = f"{re.sub('^::ffff:', '', address)} port {port}"  # IPv4 without its IPv6 prefix
+            peer_label = f"{re.sub('^::ffff:', '', address)} port {port}"  # without IPv6's prefix
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            person = Person(label, log, self.clock.now)
+            person = Person(peer_label, log, self.clock.now)
             person.sock = sock
             self.limiter.add(person, address)
             self.connections[person] = None
-            self._guard(self._admit, person)
+            self._guard(self._set_up, person)
 
-    def _admit(self, person: Person) -> None:
+    def _set_up(self, person: Person) -> None:
         sock, protocol = person.sock, person.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
         is_local = person.host.address == LOCALHOST
-        protocol.is_our_proxy = is_local and self.limiter.settings.behind_proxy
-        if protocol.opened:
+        protocol.trusts_forwarded_for = is_local and self.limiter.settings.behind_proxy
+        if protocol.is_open:
             self.chat.greet(person)
         self._reconcile(person)
-        self._evict(person)
+        self._evict_for(person)
 
-    def _evict(self, person: Person) -> None:
+    def _evict_for(self, person: Person) -> None:
         """Close departing connections, while too many share a quota with this one."""
         while other := self.limiter.pick_to_evict(person):
             if other.is_done:
@@ -1577,16 +1574,16 @@ class Reactor:
         except OSError as error:
             reason = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", person.label)
+            logger.exception("an internal error, with %s", person.peer_label)
             reason = "an internal error"
-        # Not in `except`: the traceback would keep a view of the log.  It ends: a second try finds
-        # the state CLOSING, a third no connection.
+        # Not in `except`: its traceback keeps a view of the log.  If this fails, too, the next try
+        # finds the state CLOSING, and the one after it no connection.
         self._guard(self._abort, person, reason)
 
     def _ready_at(self, person: Person) -> float:
         """When this person's input may be processed; NEVER if something must change first."""
-        has_unread = person.outbox.private_bytes > PRIVATE_LIMIT
-        if self.paused or has_unread or self.chat.new_bytes > LAG_LIMIT:
+        over_private_limit = person.outbox.private_bytes > PRIVATE_PENDING_LIMIT
+        if self.paused or over_private_limit or self.chat.new_bytes > LAG_LIMIT:
             return NEVER
         return max(person.bucket.ready_at, person.quota.bucket.ready_at)
 
@@ -1633,10 +1630,10 @@ class Reactor:
             self.chat.handle(person, received)
             if received is OPENED:  # `greet` may have counted them under another address
                 self._reconcile(person)  # send the answer before they may be evicted
-                self._evict(person)
+                self._evict_for(person)
         return False
 
-    def _scan(self, person: Person) -> None:
+    def _scan_for_interrupt(self, person: Person) -> None:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
         person.unscanned = False
         if person.state is not CLOSING and person.protocol.scan_for_interrupt(person.read_buffer):
@@ -1668,10 +1665,10 @@ class Reactor:
         self._watch(person, mask)
 
     def _flush(self, person: Person) -> None:
-        with person.outbox.unsent() as unsent:
+        with person.outbox.pending() as pending:
             try:
                 # `advance` drops empty splices.
-                person.outbox.advance(person.sock.send(unsent) if unsent else 0)
+                person.outbox.advance(person.sock.send(pending) if pending else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
             except OSError as error:
@@ -1701,7 +1698,7 @@ class Reactor:
         """End a connection at once; what is pending is lost."""
         if person.state is not CLOSING:
             self.chat.disconnect(person, reason=reason)
-        # A plain close would keep a full send buffer in the kernel for two minutes (tcp(7)).
+        # After a plain close the kernel keeps a full send buffer for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
             person.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._close(person)
@@ -1725,8 +1722,8 @@ class Reactor:
 HEAD_LIMIT = 8 << 10  # bytes of a request
 # A request's head (RFC 9112, sections 3 and 5).  Only what we use of it is checked.
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-FIELD = r"\r?\n([^\s:]+):([^\r\n]*)"
-REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{FIELD})*)")
+HEADER = r"\r?\n([^\s:]+):([^\r\n]*)"
+REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{HEADER})*)")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
@@ -1736,26 +1733,26 @@ def digest(algorithm: str, text: str) -> str:
 
 
 def parse_request(head: bytes) -> tuple[str, str, dict[str, str]]:
-    """Method, path and fields; the last one of the same name counts.  Raises ValueError."""
+    """Method, path and headers; the last one of the same name counts.  Raises ValueError."""
     request = REQUEST_HEAD.fullmatch(head.decode("latin-1"))
     if not request:
         raise ValueError
     method, target, lines = request.group(1, 2, 3)
-    fields = {name.lower(): value.strip() for name, value in re.findall(FIELD, lines)}
-    return method, target.partition("?")[0], fields
+    headers = {name.lower(): value.strip() for name, value in re.findall(HEADER, lines)}
+    return method, target.partition("?")[0], headers
 
 
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-FINAL, RESERVED, MASKED = 0x80, 0x70, 0x80
+FIN_BIT, RSV_BITS, MASK_BIT = 0x80, 0x70, 0x80
 # Close codes (RFC 6455, section 7.4.1): going away, and try again later.
 CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def frame(opcode: int, payload: bytes) -> bytes:
+def encode_frame(opcode: int, payload: bytes) -> bytes:
     """A whole message as a server sends it: in one frame, not masked."""
-    first, size = FINAL | opcode, len(payload)
+    first, size = FIN_BIT | opcode, len(payload)
     if size < 126:
         return bytes([first, size]) + payload
     if size < 1 << 16:
@@ -1763,18 +1760,18 @@ def frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", first, 127, size) + payload
 
 
-def unmask(payload: bytes, key: bytes) -> bytes:
-    """`payload` XOR the repeated `key`, in one operation (RFC 6455, 5.3)."""
+def unmask(payload: bytes, masking_key: bytes) -> bytes:
+    """`payload` XOR the repeated `masking_key`, in one operation (RFC 6455, 5.3)."""
     size = len(payload)
-    keys = (key * (size // 4 + 1))[:size]
+    keys = (masking_key * (size // 4 + 1))[:size]
     return (int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")).to_bytes(size, "big")
 
 
 class Phase(Enum):
-    REQUEST, OPEN, ENDED = range(3)
+    REQUEST, WEBSOCKET, ENDED = range(3)
 
 
-REQUEST, OPEN, ENDED = Phase
+REQUEST, WEBSOCKET, ENDED = Phase
 
 
 class Web(Protocol):
@@ -1783,8 +1780,8 @@ class Web(Protocol):
     On a WebSocket (RFC 6455) each of our messages is one event, each of the peer's is lines.
     """
 
-    ECHO = True  # the confirmation, with the id of the event
-    PING_DATA = frame(PING, b"")
+    ECHOES_OWN_LINES = True  # as a confirmation
+    PING_DATA = encode_frame(PING, b"")
 
     def __init__(self) -> None:
         self._phase = REQUEST
@@ -1795,17 +1792,17 @@ class Web(Protocol):
 
     @staticmethod
     def encode(event: Event) -> bytes:
-        return frame(TEXT_FRAME, encode_json(event).encode())
+        return encode_frame(TEXT_FRAME, encode_json(event).encode())
 
     @property
-    def opened(self) -> bool:
-        return self._phase is OPEN
+    def is_open(self) -> bool:
+        return self._phase is WEBSOCKET
 
     def feed(self, data: bytes) -> None:
         self._data += data
         self._eof = not data
 
-    def next(self) -> Received | None:
+    def next(self) -> LineOrControl | None:
         if self._phase is REQUEST:
             return self._parse_head()
         while not self._lines:
@@ -1815,48 +1812,48 @@ class Web(Protocol):
                 return DISCONNECT if self._eof else None
         return clean(self._lines.popleft().decode("utf-8", "replace"))
 
-    def end(self, code: str) -> None:
-        if self.opened:
+    def finish(self, code: str) -> None:
+        if self.is_open:
             self._send_close(CLOSE_CODES.get(code, 1000))
 
-    def _parse_head(self) -> Received | None:
+    def _parse_head(self) -> LineOrControl | None:
         """Parse the head of the request, if it is complete, and answer."""
-        head, *after = HEAD_END.split(self._data, 1)
+        head, *rest = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
             return self._respond(431)
-        if not after:
+        if not rest:
             return DISCONNECT if self._eof else None
         try:
-            method, path, fields = parse_request(head)
-            if self.is_our_proxy and "x-forwarded-for" in fields:
-                nearest = fields["x-forwarded-for"].rpartition(",")[2].strip()
+            method, path, headers = parse_request(head)
+            if self.trusts_forwarded_for and "x-forwarded-for" in headers:
+                nearest = headers["x-forwarded-for"].rpartition(",")[2].strip()
                 self.forwarded_for = str(ipaddress.ip_address(nearest.partition("%")[0]))  # no zone
         except ValueError:
             return self._respond(400)
         if method not in ("GET", "HEAD"):
             return self._respond(405)
         if path == "/chat" and method == "GET":
-            return self._upgrade(fields, after[0])
+            return self._upgrade(headers, rest[0])
         if path == "/hello":
             return self._respond(200, "Hello, World!")
         if path == "/":
             return self._respond(200, PAGE, "html")
         return self._respond(404)
 
-    def _upgrade(self, fields: dict[str, str], after: bytes) -> Received:
+    def _upgrade(self, headers: dict[str, str], after: bytes) -> LineOrControl:
         """Open a WebSocket (RFC 6455, section 4.2); `after` came after the head."""
-        key = fields.get("sec-websocket-key", "")
-        if not key or "websocket" not in fields.get("upgrade", "").lower():
+        key = headers.get("sec-websocket-key", "")
+        if not key or "websocket" not in headers.get("upgrade", "").lower():
             return self._respond(426)
         # Another site's page may call here, but it can't lie about its origin.
-        host = fields.get("host", "").lower()
-        ours = (f"http://{host}", f"https://{host}")
-        if fields.get("origin", ours[0]).lower() not in ours:
+        host_header = headers.get("host", "").lower()
+        ours = (f"http://{host_header}", f"https://{host_header}")
+        if headers.get("origin", ours[0]).lower() not in ours:
             return self._respond(403)
         accept = digest("sha1", key + WEBSOCKET_GUID)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
-        self._phase, self._data = OPEN, after
+        self._phase, self._data = WEBSOCKET, after
         return OPENED
 
     def _respond(self, status: int, body: str = "", subtype: str = "plain") -> Control:
@@ -1885,19 +1882,19 @@ class Web(Protocol):
         data = self._data
         if len(data) < 2:
             return False
-        final, opcode, size = data[0] & FINAL, data[0] & 0x0F, data[1] & 0x7F
+        is_final, opcode, size = data[0] & FIN_BIT, data[0] & 0x0F, data[1] & 0x7F
         start = 6  # of the payload, after two bytes and the mask
-        is_control = opcode in (CLOSE, PING, PONG)
+        is_control_frame = opcode in (CLOSE, PING, PONG)
         expected = TEXT_FRAME if self._fragments is None else CONTINUATION
-        good = (final and size < 126) if is_control else opcode == expected
-        if not good or data[0] & RESERVED or not data[1] & MASKED:
+        good = (is_final and size < 126) if is_control_frame else opcode == expected
+        if not good or data[0] & RSV_BITS or not data[1] & MASK_BIT:
             return self._send_close(1003 if opcode == BINARY_FRAME else 1002)
         if size >= 126:
             start = 8 if size == 126 else 14
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
-        if not is_control and len(self._fragments or b"") + size > LINE_LIMIT:
+        if not is_control_frame and len(self._fragments or b"") + size > LINE_LIMIT:
             return self._send_close(1009)  # too big
         end = start + size
         if len(data) < end:
@@ -1905,21 +1902,21 @@ class Web(Protocol):
         self._data = data[end:]
         payload = unmask(data[start:end], data[start - 4 : start])
         if opcode == PING:
-            self.replies += frame(PONG, payload)
+            self.replies += encode_frame(PONG, payload)
         elif opcode == CLOSE:
-            code = int.from_bytes(payload[:2], "big")  # we answer with the same
-            legal = not payload or (1000 <= code <= 4999 and code not in (1005, 1006, 1015))
-            return self._send_close(code if legal else 1002)
-        elif not is_control:
+            close_code = int.from_bytes(payload[:2], "big")  # we answer with the same
+            known = 1000 <= close_code <= 4999 and close_code not in (1005, 1006, 1015)
+            return self._send_close(close_code if known or not payload else 1002)
+        elif not is_control_frame:
             message = (self._fragments or b"") + payload
-            self._fragments = None if final else message
-            if final:  # in bytes, only CR and LF end lines; the last needs no end
+            self._fragments = None if is_final else message
+            if is_final:  # in bytes, only CR and LF end lines; the last needs no end
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
-    def _send_close(self, code: int) -> bool:
+    def _send_close(self, close_code: int) -> bool:
         """Send a close frame (0: without a code).  Always True: go on, in another phase."""
-        self.replies += frame(CLOSE, struct.pack("!H", code) if code else b"")
+        self.replies += encode_frame(CLOSE, struct.pack("!H", close_code) if close_code else b"")
         self._phase = ENDED
         return True
 
@@ -1943,10 +1940,7 @@ def whole_number(largest: int, text: str) -> int:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; exits with status 2 if they are wrong."""
     default = Settings()
-    parser = argparse.ArgumentParser(
-        description="A chat room for telnet and browsers.",
-        epilog="Ctrl-C stops the server: everyone is told, and is sent what is pending.",
-    )
+    parser = argparse.ArgumentParser(description="A chat room for telnet and browsers.")
     add = parser.add_argument
     add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
     for flag, largest, value, text in [
@@ -1955,13 +1949,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
         ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
         ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
-        ("--history", HISTORY_LIMIT, default.history, "lines that newcomers are shown"),
+        ("--history", HISTORY_LINES_LIMIT, default.history, "lines that newcomers are shown"),
     ]:
         number = functools.partial(whole_number, largest)
         help_text = text if value is None else f"{text} (default: %(default)s)"
         add(flag, metavar="N", type=number, default=value, help=help_text)
     text = "what callers are shown first (default: %(default)s)"
-    add("--welcome", metavar="TEXT", default=default.welcome, help=text)
+    add("--welcome", metavar="TEXT", dest="greeting", default=default.greeting, help=text)
     add("--password-file", metavar="FILE", help="the operators' password is its first line")
     text = "trust X-Forwarded-For of browsers that call from localhost"
     add("--behind-proxy", action="store_true", help=text)
@@ -2001,10 +1995,11 @@ def raise_descriptor_limit() -> int:
 def open_listener(address: str | None, *ports: int) -> socket.socket:
     """A socket that listens on the first free one of these ports; exits if there is none."""
     dual = not address and socket.has_dualstack_ipv6()
-    shown = address or ("::" if dual else "0.0.0.0")
+    bind_address = address or ("::" if dual else "0.0.0.0")
     for port in ports:
         try:
-            family, *_, found = socket.getaddrinfo(shown, port, type=socket.SOCK_STREAM)[0]
+            info = socket.getaddrinfo(bind_address, port, type=socket.SOCK_STREAM)
+            family, *_, found = info[0]
             return socket.create_server(found, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or "that is no address"
@@ -2023,11 +2018,11 @@ def announce(address: str | None, ports: list[int]) -> None:
     if not address:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
     # Not print(): at exit, it would try again to write the rest, and fail.
-    if not write_at_once(sys.stdout, f"{text}\n"):
+    if not write_nonblocking(sys.stdout, f"{text}\n"):
         logger.info("%s", text)
 
 
-def write_at_once(stream: TextIO | None, text: str) -> bool:
+def write_nonblocking(stream: TextIO | None, text: str) -> bool:
     """Write without waiting for a reader; returns whether all was written."""
     if stream is None:  # it was closed when we started
         return False
@@ -2057,7 +2052,7 @@ class NonBlockingHandler(logging.Handler):
         # The line before may be cut.
         count = self.lost_lines
         lost = f"\n... {count} lines of the log were lost\n" if count else ""
-        written = write_at_once(sys.stderr, f"{lost}{self.format(record)}\n")
+        written = write_nonblocking(sys.stderr, f"{lost}{self.format(record)}\n")
         self.lost_lines = 0 if written else count + 1
 
 
@@ -2077,11 +2072,11 @@ def stop_on_signals(reactor: Reactor) -> None:
     receiver, sender = socket.socketpair()
 
     def on_signal(signum: int, frame: object) -> None:
-        sender.send(b"!")  # wakes the event loop, which stops the server
+        sender.send(b"!")  # wakes the event loop
         for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
             signal.signal(number, signal.SIG_DFL)
 
-    def on_wakeup() -> None:  # of the event loop
+    def on_wakeup() -> None:
         receiver.recv(16)
         logger.info("stopping")
         reactor.stop()
@@ -2098,15 +2093,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the server; returns the exit status."""
     options = parse_options(arguments)
     # Arguments that are not UTF-8 arrive with surrogates, which can't be encoded again.
-    options.welcome = clean(options.welcome.encode("utf-8", "replace").decode())
+    options.greeting = clean(options.greeting.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
-    limit = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
-    if limit < 1:
+    max_connections = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
+    if max_connections < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
     # Most options are settings of the same name.
     values = {name: value for name, value in vars(options).items() if name in Settings._fields}
-    settings = Settings(**values, password=password, max_connections=limit)
+    settings = Settings(**values, password=password, max_connections=max_connections)
     listeners: dict[socket.socket, type[Protocol]] = {}
     listeners[open_listener(options.host, options.port)] = Telnet
     if not options.no_web:
@@ -2115,14 +2110,8 @@ def main(arguments: list[str] | None = None) -> int:
     reactor = Reactor(listeners, settings)
     stop_on_signals(reactor)
     ports = [listener.getsockname()[1] for listener in listeners]
-    logger.info(
-        "BATCHAT %s, process %d, ports %s, %d connections at most; %s",
-        __version__,
-        os.getpid(),
-        ports,
-        limit,
-        vars(options),
-    )
+    facts = (__version__, os.getpid(), ports, max_connections, vars(options))
+    logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *facts)
     announce(options.host, ports)
     ok = reactor.run()
     logger.info("stopped")
@@ -2138,12 +2127,12 @@ STYLE = """
 * { box-sizing: border-box; margin: 0; } h1 { font-size: 1em; } p { color: var(--soft); }
 body { display: flex; flex-direction: column; height: 100dvh; background: Canvas;
   font: 16px/1.45 ui-monospace, Consolas, monospace; }
-/* Reversed, scrolling starts at the end: the browser keeps the newest line in sight, or what is being read. */
+/* Reversed: the browser keeps the newest line in sight, or what is being read. */
 main { flex: 1; display: flex; flex-direction: column-reverse; overflow-y: auto; }
 header, footer, main { padding: .6rem max(1rem, 50vw - 28rem); } footer { border-top: 1px solid var(--rule); }
 header { display: flex; justify-content: space-between; border-bottom: 1px solid var(--rule); }
 main p { position: relative; overflow: clip; white-space: pre-wrap; overflow-wrap: anywhere; }
-main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .gap { padding: .4em 0; text-align: center; }
+main p:has(time) { padding-left: 9ch; text-indent: -2ch; } .divider { padding: .4em 0; text-align: center; }
 time { position: absolute; left: .7ch; text-indent: 0; color: var(--soft); font-size: .8em; line-height: 1.8; }
 pre { margin-bottom: 1em; font: inherit; font-size: min(1em, 2.2vw); line-height: 1.2; }
 .greeting, .welcome, .prompt, .said, .did { color: CanvasText; } .past, .pending, .unconfirmed { color: var(--soft); }
@@ -2161,113 +2150,113 @@ button, summary { cursor: pointer; } details { position: relative; }
 ul { position: absolute; right: 0; z-index: 1; max-height: 60vh; overflow-y: auto; padding: .5rem; list-style: none;
   background: Canvas; border: 1px solid var(--rule); border-radius: .4rem; }
 li button { width: 100%; text-align: left; background: none; color: inherit; }
-#more:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
+#below:not([hidden]) { display: block; margin: 0 auto .6rem; border-radius: 1rem; }
 """  # noqa: E501
 
 # The script begins with: const { templates, ... } = {"templates": ...};
 SHARED = {
     "templates": TEMPLATES,
     "SPOKEN": SPOKEN,
-    "EVENTS_VERSION": EVENTS_VERSION,
-    "OP": OP,
+    "PROTOCOL_VERSION": PROTOCOL_VERSION,
+    "OP_PATTERN": OP_PATTERN,
     "LOST_SECONDS": LOST_SECONDS,
-    "SPOKEN_COMMANDS": "|".join(name[1:] for name, each in COMMANDS.items() if each.says),
+    "SPOKEN_COMMANDS": "|".join(name[1:] for name, each in COMMANDS.items() if each.spoken),
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
-const KEPT = 1500, PAINTED = 50;  // lines kept on the page, and painted at a time
+const KEPT_LINES = 1500, PAINT_BATCH = 50;  // lines painted at a time
 const FROM_PEOPLE = [...SPOKEN, "whisper"];
-const PASSWORD = new RegExp(`^[^\\p{L}\\p{N}]*${OP}(?![\\p{L}\\p{N}_])`, "iu");
-Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", gap: "{text}" });
+const PASSWORD_LINE = new RegExp(`^[^\\p{L}\\p{N}]*${OP_PATTERN}(?![\\p{L}\\p{N}_])`, "iu");
+Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", divider: "{text}" });
 for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
 const LINK =  // parentheses only in pairs, and no punctuation at its end
   /(https?:\/\/(?:[^\s<>"()]|\([^\s<>"()]*\))+(?<![.,;:!?'\]}]))/i;
 const find = selector => document.querySelector(selector);
-const [scroller, lines, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
-  ["main", "#lines", "#pending", "#more", "form", "input", "#status", "details", "ul"].map(find);
+const [scroller, linesBox, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
+  ["main", "#lines", "#pending", "#below", "form", "input", "#status", "details", "ul"].map(find);
 let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 
 // The connection, and our name
-// The states, and what ends them (a lost connection: calling; one closed for good: left):
-// calling   a prompt: naming; welcome, for a name that we had: arriving
-// naming    welcome: arriving
+// The states, and what ends them (a lost connection: connecting; one closed for good: left):
+// connecting   a prompt: awaitingName; welcome, for a name that we had: arriving
+// awaitingName    welcome: arriving
 // arriving  the answer to our own /who: chatting
-// left      the user enters a name: calling
-let state, socket, room, maxLine;  // room and maxLine come from the last greeting
-let pause = 1;  // seconds until the next try
-let closing;  // the last closing code
+// left      the user enters a name: connecting
+let state, socket, roomId, maxLine;  // the last two come from the greeting
+let retrySeconds = 1;  // until the next try
+let closingCode;  // the last one
 let awaySince = 0;  // when the room was lost, unless we left it
 let lastId;  // the highest one of an event that was shown
-let name, mentionPattern;  // ours; what finds it in a text
+let ownName, mentionPattern;  // the pattern finds our name in a text
 let draft = "";  // what was typed before we lost our name
 function connect() {
   socket = new WebSocket("chat");
-  setState("calling");
+  setState("connecting");
   setStatus("");
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
-  socket.onclose = disconnected;
+  socket.onclose = onDisconnect;
 }
-function disconnected({ code }) {
+function onDisconnect({ code }) {
   setPeople([]);
   if (code !== 1000) {  // 1000: /quit, or the server closed it for good
     if (["arriving", "chatting"].includes(state)) awaySince ||= Date.now();
-    setState("calling");
-    setStatus(`Disconnected. Reconnecting in ${pause} s \u2026`);
-    setTimeout(connect, pause * 1000);
-    pause = Math.min(pause * 2, 30);
+    setState("connecting");
+    setStatus(`Disconnected. Reconnecting in ${retrySeconds} s \u2026`);
+    setTimeout(connect, retrySeconds * 1000);
+    retrySeconds = Math.min(retrySeconds * 2, 30);
   } else {
-    setStatus((closing ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
+    setStatus((closingCode ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
     setState("left");
     awaySince = 0;
-    loseName();
+    clearOwnName();
     markUnconfirmed();
   }
 }
 function setState(next) {
   state = next;
-  if (state !== "calling") { pause = 1; closing = ""; }
+  if (state !== "connecting") { retrySeconds = 1; closingCode = ""; }
 }
 function receive(event) { (handlers[event.type] || show)(event); }
 const handlers = {
   greeting(event) {
     const query = `?${event.protocol}`;
-    if (event.protocol !== EVENTS_VERSION && location.search !== query) {  // this page is old: load the new one, once
+    if (event.protocol !== PROTOCOL_VERSION && location.search !== query) {  // load the new page, once
       socket.close();
       return location.replace(query);
     }
-    if (!name) show(event);
-    if (event.room !== room) lastId = -1;
-    room = event.room;
+    if (!ownName) show(event);
+    if (event.room !== roomId) lastId = -1;
+    roomId = event.room;
     maxLine = event.max_line;
   },
   prompt(event) {
-    if (state === "calling" && name) return socket.send(name);
-    setState("naming");
+    if (state === "connecting" && ownName) return socket.send(ownName);
+    setState("awaitingName");
     show(event);
   },
   error(event) {
-    if (state === "calling") {
+    if (state === "connecting") {
       const maybeOurs = Date.now() - awaySince < 1000 * (LOST_SECONDS + 30);  // our old connection may still have it
       if (maybeOurs && event.code === "name_taken") return socket.close();  // and try again
-      loseName();
+      clearOwnName();
     }
     show(event);
   },
   welcome(event) {
     setState("arriving");
-    setName(event.name);
+    setOwnName(event.name);
     if (!awaySince) show(event);
     input.value = draft + input.value;
     draft = "";
     socket.send("/who");
   },
   history(event) { catchUp(event.events); },
-  joined(event) { people.set(event.name, false); listSoon(); show(event); },
-  quit: forgetName, kicked: forgetName,
+  joined(event) { people.set(event.name, false); listPeopleSoon(); show(event); },
+  quit: removePerson, kicked: removePerson,
   renamed(event) {
     people.set(event.to, people.get(event.name));
-    forgetName(event);
-    if (isOwn(event)) setName(event.to);
+    removePerson(event);
+    if (isOwn(event)) setOwnName(event.to);
   },
   people(event) {
     setPeople(event.people);
@@ -2277,20 +2266,20 @@ const handlers = {
     setState("chatting");
   },
   closing(event) {
-    if (event.code !== closing) show(event);  // not at every try
-    closing = event.code;
+    if (event.code !== closingCode) show(event);  // not at every try
+    closingCode = event.code;
   },
 };
-function forgetName(event) { people.delete(event.name); listSoon(); show(event); }
-function setName(value) {
-  name = stored.name = value;
-  const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
+function removePerson(event) { people.delete(event.name); listPeopleSoon(); show(event); }
+function setOwnName(value) {
+  ownName = stored.name = value;
+  const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = ownName.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
   mentionPattern = new RegExp(`(?<!${letter}|[.-])${literally}(?![.-]*${letter})`, "iu");
-  input.placeholder = input.ariaLabel = name ? "Message, or /help" : "Your name";
-  find("form button").textContent = name ? "Send" : "Join";
+  input.placeholder = input.ariaLabel = ownName ? "Message, or /help" : "Your name";
+  find("form button").textContent = ownName ? "Send" : "Join";
 }
-function loseName() {
-  setName("");
+function clearOwnName() {
+  setOwnName("");
   if (input.value) input.blur();  // or the rest would be sent as a name
   draft += input.value;
   input.value = "";
@@ -2299,9 +2288,9 @@ function setStatus(text) { status.textContent = text; }
 function catchUp(events) {  // show what is new to us of the history; null: there is none
   let missed = (events || []).filter(event => event.id > lastId);
   if (awaySince) {
-    const s = Math.round((Date.now() - awaySince) / 1000), long = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
+    const s = Math.round((Date.now() - awaySince) / 1000), duration = s < 100 ? `${s} s` : `${Math.round(s / 60)} min`;
     const note = events ? "" : " Messages of that time are not shown.";
-    show({ type: "gap", text: `You were away for ${long}.${note}` }, "past");
+    show({ type: "divider", text: `You were away for ${duration}.${note}` }, "past");
   } else if (missed.length) {
     const since = dateOf(missed[0]).toLocaleString("sv").slice(0, 16);
     missed = [{ type: "history", since }, ...missed, { type: "history_end" }];
@@ -2312,24 +2301,24 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
-const COMMAND = new RegExp(`^\\s*/(?!/|(${SPOKEN_COMMANDS})\\s+\\S)`, "i");  // one that says no line
+const UNSPOKEN_COMMAND = new RegExp(`^\\s*/(?!/|(${SPOKEN_COMMANDS})\\s+\\S)`, "i");  // one that says no line
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
-  const i = pending.findIndex(own => own.text.includes(event.text));  // not equals: // TEXT and /me
+  const i = pending.findIndex(line => line.text.includes(event.text));  // not equals: // TEXT and /me
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
 }
-function markUnconfirmed() { for (const own of pending.splice(0)) show(own, "unconfirmed"); }
+function markUnconfirmed() { for (const line of pending.splice(0)) show(line, "unconfirmed"); }
 
 // The people
 let people = new Map();  // name -> whether an operator
 const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
-function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listSoon(); }
+function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listPeopleSoon(); }
 function listPeople() {
   peopleBox.hidden = !people.size;
   find("summary").textContent = `${people.size} here`;
   if (!peopleBox.open || peopleList.matches(":hover, :focus-within")) return;
-  peopleList.replaceChildren(...sortedNames().map(one => {
-    const onclick = () => { input.value = `/msg ${one} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
-    return element("li", {}, element("button", { onclick }, people.get(one) ? "@" : "", element("bdi", {}, one)));
+  peopleList.replaceChildren(...sortedNames().map(name => {
+    const onclick = () => { input.value = `/msg ${name} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
+    return element("li", {}, element("button", { onclick }, people.get(name) ? "@" : "", element("bdi", {}, name)));
   }));
 }
 function closeList() { peopleBox.open = false; input.focus(); }
@@ -2337,55 +2326,55 @@ function closeList() { peopleBox.open = false; input.focus(); }
 // The log
 let queue = [];  // events to paint
 let lastDay = new Date().toDateString();
-let below = 0;  // new lines below what is in sight
+let newLinesBelow = 0;  // below what is in sight
 let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for us
-const isOwn = event => (event.name || event.from) === name;
+const isOwn = event => (event.name || event.from) === ownName;
 const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isMention(event) {
-  return name && SPOKEN.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
+  return ownName && SPOKEN.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
 }
-function show(event, how = "") {  // how: "past", "pending", "unconfirmed", or "" for what is new
+function show(event, variant = "") {  // variant: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
   if (SPOKEN.includes(event.type) && isOwn(event)) confirmPending(event);
-  if (!how && document.hidden && FROM_PEOPLE.includes(event.type) && !isOwn(event)) {
+  if (!variant && document.hidden && FROM_PEOPLE.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
   }
-  queue.push({ ...event, how, own: isOwn(event), mention: isMention(event) });  // our name may change
-  if (queue.length > KEPT) queue.shift();
+  queue.push({ ...event, variant, own: isOwn(event), mention: isMention(event) });  // our name may change
+  if (queue.length > KEPT_LINES) queue.shift();
   paintSoon();
 }
-function soon(what) {  // run `what` at most once every 40 ms
+function throttled(what) {  // run `what` at most once every 40 ms
   let timer = 0;
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, 40); };
 }
-const paintSoon = soon(() => paint()), listSoon = soon(listPeople);
+const paintSoon = throttled(() => paint()), listPeopleSoon = throttled(listPeople);
 function paint() {
   const following = isAtEnd();
-  for (const event of queue.splice(0, PAINTED)) {
+  for (const event of queue.splice(0, PAINT_BATCH)) {
     const day = event.at ? dateOf(event).toDateString() : lastDay;
-    if (day !== lastDay) lines.append(paragraph({ type: "gap", text: lastDay = day }));
-    lines.append(paragraph(event));
-    if (!following && !event.how && !event.own) below += 1;
+    if (day !== lastDay) linesBox.append(paragraph({ type: "divider", text: lastDay = day }));
+    linesBox.append(paragraph(event));
+    if (!following && !event.variant && !event.own) newLinesBelow += 1;
   }
-  while (lines.childElementCount > KEPT) lines.firstChild.remove();
-  pendingBox.replaceChildren(...pending.slice(0, 20).map(event => paragraph({ ...event, how: "pending", own: true })));
+  while (linesBox.childElementCount > KEPT_LINES) linesBox.firstChild.remove();
+  pendingBox.replaceChildren(...pending.slice(0, 20).map(event => paragraph({ ...event, variant: "pending", own: true })));
   if (queue.length) paintSoon();
   updateCounts();
 }
 function paragraph(event) {
-  const { type, how } = event, own = FROM_PEOPLE.includes(type) && event.own && "own";
-  const className = [type, how, own, event.mention && "mention"].filter(Boolean).join(" ");
+  const { type, variant } = event, ownClass = FROM_PEOPLE.includes(type) && event.own && "own";
+  const className = [type, variant, ownClass, event.mention && "mention"].filter(Boolean).join(" ");
   const parts = templates[type].flatMap((part, i) =>
-    i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linked(String(event[part]))) : part);
-  const timed = !["greeting", "prompt", "gap"].includes(type);
+    i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linkify(String(event[part]))) : part);
+  const timed = !["greeting", "prompt", "divider"].includes(type);
   if (timed) parts.unshift(element("time", {}, dateOf(event).toTimeString().slice(0, 5)));
-  if (how === "unconfirmed") parts.push(" (not confirmed)");
+  if (variant === "unconfirmed") parts.push(" (not confirmed)");
   return element("p", { className }, ...parts);
 }
-const hueOf = one => [...one].reduce((hue, letter) => (hue * 59 + letter.codePointAt() * 61) % 360, 0);
-const nameElement = one => element("bdi", { className: "name", style: `--hue: ${hueOf(one)}` }, one);
+const hueOf = name => [...name].reduce((hue, letter) => (hue * 59 + letter.codePointAt() * 61) % 360, 0);
+const nameElement = name => element("bdi", { className: "name", style: `--hue: ${hueOf(name)}` }, name);
 const renderers = {  // how to show those that are not just text
   name: nameElement, to: nameElement, from: nameElement, by: nameElement,
   banner: text => element("pre", { ariaHidden: "true" }, text),
@@ -2398,7 +2387,7 @@ function element(tag, properties, ...children) {
   made.append(...children);
   return made;
 }
-function linked(text) {  // a link that does not go where it seems to is followed by its host
+function linkify(text) {  // a link that does not go where it seems to is followed by its host
   const parts = text.split(LINK);
   parts.push(parts.splice(20).join(""));  // at most ten links
   return parts.flatMap((part, i) => {
@@ -2409,20 +2398,19 @@ function linked(text) {  // a link that does not go where it seems to is followe
   });
 }
 const isAtEnd = () => scroller.scrollTop > -1;  // 0 is the end: it is reversed
-function toEnd() { scroller.scrollTop = 0; }
 function updateCounts() {
-  if (isAtEnd()) below = 0;
-  belowButton.hidden = !below;
-  belowButton.textContent = `\u2193 ${below} new line${below === 1 ? "" : "s"}`;
+  if (isAtEnd()) newLinesBelow = 0;
+  belowButton.hidden = !newLinesBelow;
+  belowButton.textContent = `\u2193 ${newLinesBelow} new`;
   document.title = unread ? `(${mentioned ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
 scroller.onscroll = updateCounts;
-belowButton.onclick = () => { toEnd(); input.focus(); };
+belowButton.onclick = () => { scroller.scrollTop = 0; input.focus(); };
 document.onvisibilitychange = () => { unread = 0; mentioned = false; updateCounts(); };
 
 // The keyboard
-let typed = [""], typedIndex = 0;  // the lines entered, then what is typed now; which one is shown
-const canSay = () => ["naming", "chatting"].includes(state);
+let inputHistory = [""], historyIndex = 0;  // the lines entered, then what is typed now; which one is shown
+const canSend = () => ["awaitingName", "chatting"].includes(state);
 function sendLine(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
   if (state === "chatting" && !line.trim()) return true;  // the room says no blank line
@@ -2432,26 +2420,26 @@ function sendLine(line) {  // returns whether the input may be cleared
   }
   socket.send(line);
   if (state !== "chatting") return true;
-  if (!PASSWORD.test(line)) {
-    typed.splice(-1, 1, line, "");
-    if (!COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name, text: line });
+  if (!PASSWORD_LINE.test(line)) {
+    inputHistory.splice(-1, 1, line, "");
+    if (!UNSPOKEN_COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name: ownName, text: line });
   }
-  typedIndex = typed.length - 1;
-  toEnd();
+  historyIndex = inputHistory.length - 1;
+  scroller.scrollTop = 0;
   paintSoon();
   return true;
 }
 form.onsubmit = event => {
   event.preventDefault();
-  if (state !== "left" && !canSay()) return;
+  if (state !== "left" && !canSend()) return;
   setStatus("");
-  if (state === "left") { setName(input.value.trim().slice(0, 100)); connect(); }
+  if (state === "left") { setOwnName(input.value.trim().slice(0, 100)); connect(); }
   else if (!sendLine(input.value)) return;
   input.value = "";
 };
 input.onpaste = event => {  // an input would join the lines into one
   const all = event.clipboardData.getData("text").split(/\r\n?|\n/);
-  if (all.length === 1 || !canSay()) return;
+  if (all.length === 1 || !canSend()) return;
   event.preventDefault();
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
   const last = all.pop() + input.value.slice(input.selectionEnd);
@@ -2460,27 +2448,27 @@ input.onpaste = event => {  // an input would join the lines into one
 };
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = typedIndex + step;
-  if (step && to in typed) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = historyIndex + step;
+  if (step && to in inputHistory) {
     event.preventDefault();
-    typed[typedIndex] = input.value;
-    input.value = typed[typedIndex = to];
+    inputHistory[historyIndex] = input.value;
+    input.value = inputHistory[historyIndex = to];
   }
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
 function complete() {  // the first name that fits, before the cursor; false if none
   const before = input.value.slice(0, input.selectionStart);
-  const from = Math.max(before.lastIndexOf(" "), before.lastIndexOf("@")) + 1, start = before.slice(from);
-  const wanted = start || /^\/msg $|@$/.test(before);
-  const fits = one => one !== name && one.toLowerCase().startsWith(start.toLowerCase());
+  const start = Math.max(before.lastIndexOf(" "), before.lastIndexOf("@")) + 1, prefix = before.slice(start);
+  const wanted = prefix || /^\/msg $|@$/.test(before);
+  const fits = name => name !== ownName && name.toLowerCase().startsWith(prefix.toLowerCase());
   const found = wanted && sortedNames().find(fits);
-  if (found) input.setRangeText(found + (from ? " " : ": "), from, before.length, "end");
+  if (found) input.setRangeText(found + (start ? " " : ": "), start, before.length, "end");
   return Boolean(found);
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
 onpagehide = () => socket.close();  // a browser may keep the page, and its connection
-setName(stored.name || "");
+setOwnName(stored.name || "");
 connect();
 """  # noqa: E501
 
@@ -2492,7 +2480,7 @@ PAGE = f"""<!DOCTYPE html>
 <style>{STYLE}</style>
 <header><h1>BATCHAT</h1><details hidden><summary></summary><ul></ul></details></header>
 <main tabindex="0" aria-label="Chat"><div><div id="lines" role="log"></div><div id="pending"></div></div></main>
-<footer><button id="more" hidden></button><p id="status" role="status"></p>
+<footer><button id="below" hidden></button><p id="status" role="status"></p>
 <form><input dir="auto" autocomplete="off" autocapitalize="off" enterkeyhint="send" autofocus><button></button></form>
 </footer><script>{SCRIPT}</script>
 """  # noqa: E501

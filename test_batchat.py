@@ -41,7 +41,7 @@ import batchat
 from batchat import CHATTING, CLOSING, DISCONNECT, Chat, Protocol, Settings, Telnet, Web, clean
 
 BATCHAT = Path(batchat.__file__)
-GREETING = f"{batchat.BANNER}\n{Settings().welcome}\n\n{batchat.PROMPT}"
+GREETING = f"{batchat.BANNER}\n{Settings().greeting}\n\n{batchat.PROMPT}"
 NAME_RULE = "A name has 1 to 24 letters, digits, '_', '-' and '.', and is no IP address."
 GOODBYE = "* That was the last try, goodbye!\n"
 SHUTTING_DOWN = "* BATCHAT is shutting down, goodbye!\n"
@@ -152,7 +152,7 @@ def asked(head: bytes) -> tuple[int, dict[str, str], bytes]:
 
 def masked(opcode: int, payload: bytes, final=True, key=b"\x37\xfa\x21\x3d") -> bytes:
     """A frame as a client sends it."""
-    whole = batchat.frame(opcode, payload)
+    whole = batchat.encode_frame(opcode, payload)
     size = len(whole) - len(payload)
     head = bytes([whole[0] & (0xFF if final else 0x7F), whole[1] | 0x80]) + whole[2:size]
     return head + key + bytes(byte ^ key[at % 4] for at, byte in enumerate(payload))
@@ -196,14 +196,14 @@ class Guest(batchat.Person):
         chat.limiter.add(self, host)
         chat.greet(self)
 
-    def types(self, *lines: batchat.Received):
+    def types(self, *lines: batchat.LineOrControl):
         for line in lines:
             if self.state is not CLOSING:
                 self.chat.handle(self, line)
 
     def read(self) -> str:
         """What was shown since the last look; on the WebSocket, one line for each event."""
-        with self.outbox.unsent() as unsent:
+        with self.outbox.pending() as unsent:
             shown = bytes(unsent)
         self.outbox.advance(len(shown))
         if self.outbox.log.protocol_class is Web:
@@ -341,10 +341,10 @@ def our_end(houses) -> socket.socket:
 
 
 def assert_nothing_is_kept(reactor: batchat.Reactor):
-    quotas = [reactor.limiter.everyone, *reactor.limiter.quotas.values()]
+    quotas = [reactor.limiter.server_quota, *reactor.limiter.quotas.values()]
     kept = [reactor.connections, reactor.with_input, reactor.blocked]
     kept += [reactor.chat.people, reactor.chat._ignorers]
-    kept += [each.connections for each in quotas] + [each.departing for each in quotas]
+    kept += [each.connection_count for each in quotas] + [each.departing for each in quotas]
     former = [person for *_, person in reactor.chat._former_names]
     kept += [(each.outbox.has_pending or each.read_buffer) for each in former]
     kept += [vars(each.protocol) != vars(type(each.protocol)()) for each in former]
@@ -525,7 +525,7 @@ class Chromium(AbstractContextManager):
     def opens(self, server: Server):
         """The same, and wait until it asks for a name."""
         self.loads(server)
-        self.gives("state === 'naming' && document.activeElement === input")
+        self.gives("state === 'awaitingName' && document.activeElement === input")
 
     def joins(self, server: Server, name: str):
         self.opens(server)
@@ -617,9 +617,10 @@ def jonny(mike, page_server):
 
 # Limits so small that a few lines reach them.
 SMALL_LIMITS = {
-    "LINE_LIMIT": 100, "HISTORY_SIZE": 500, "BANS_LIMIT": 2, "ACCEPT_BATCH": 2, "SPLICE_SIZE": 16,
-    "LAG_LIMIT": 2048, "WHISPER_LIMIT": 512, "PRIVATE_LIMIT": 1024, "SPARE_CONNECTIONS": 2,
-    "SPARE_PER_ADDRESS": 2, "READ_SIZE": 4096, "READ_AHEAD": 6000, "BYTES_PER_TOKEN": 128,
+    "LINE_LIMIT": 100, "HISTORY_BYTES_LIMIT": 500, "BANS_LIMIT": 2, "ACCEPT_BATCH": 2,
+    "SPLICE_LAG": 16, "LAG_LIMIT": 2048, "WHISPER_PENDING_LIMIT": 512,
+    "PRIVATE_PENDING_LIMIT": 1024, "SPARE_CONNECTIONS": 2, "SPARE_PER_SOURCE": 2,
+    "READ_SIZE": 4096, "READ_AHEAD": 6000, "BYTES_PER_TOKEN": 128,
 }
 PASSWORD = "sesame"
 UNLIMITED = NEVER = batchat.NEVER
@@ -1114,28 +1115,29 @@ class World:
         assert reactor.paused == bool(late)
         self.reached["paused"] += reactor.paused
         share = batchat.STALL_RECOVERY / (1 + batchat.STALL_RECOVERY)
-        assert self.paused_seconds <= batchat.STALL_SECONDS + share * (self.now - START) + 1e-3
+        budget = batchat.STALL_BUDGET_SECONDS + share * (self.now - START)
+        assert self.paused_seconds <= budget + 1e-3
         for peer in self.open:
             self.check_connection(peer, peer.connection)
 
     def check_limits(self):
         """How many are connected, and how much each and each address may say."""
         limiter, rate = self.reactor.limiter, self.settings.rate
-        for quota in [limiter.everyone, *limiter.quotas.values()]:
-            here = [p for p in self.open if quota in (limiter.everyone, p.connection.quota)]
+        for quota in [limiter.server_quota, *limiter.quotas.values()]:
+            here = [p for p in self.open if quota in (limiter.server_quota, p.connection.quota)]
             departing = {each.connection for each in here if each.departs}
-            assert (quota.connections, {*quota.departing}) == (len(here), departing)
+            assert (quota.connection_count, {*quota.departing}) == (len(here), departing)
             if quota.limit:
                 assert len(here) - len(departing) <= quota.limit
-                assert len(here) <= quota.limit + quota.spare + 1
+                assert len(here) <= quota.limit + quota.spare_places + 1
         for who, tokens in self.spent.items() if rate else ():
-            share = 1 if isinstance(who, Peer) else batchat.ADDRESS_FACTOR
-            share *= batchat.LOCALHOST_FACTOR if who == batchat.LOCALHOST else 1
+            share = 1 if isinstance(who, Peer) else batchat.SOURCE_RATE_FACTOR
+            share *= batchat.LOCALHOST_RATE_FACTOR if who == batchat.LOCALHOST else 1
             assert tokens <= rate * share * (self.now - START + batchat.BURST_SECONDS) + 1
 
     def check_connection(self, peer: Peer, connection: batchat.Person):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
-        assert not connection.lost_reason or connection.outbox.discards
+        assert not connection.lost_reason or connection.outbox.is_discarding
         log, reactor = connection.outbox.log, self.reactor
         if connection not in reactor.chat.to_reconcile and log.broadcast_end == log.end:
             assert connection.outbox.has_pending == (connection in reactor.blocked)
@@ -1143,13 +1145,13 @@ class World:
         late = self.now - self.late_by - connection.deadline
         assert late <= batchat.TICK_SECONDS + 0.1, "out of time"
         outbox = connection.outbox
-        most = len(outbox.log.data) + len(outbox.splices) * batchat.SPLICE_SIZE
+        most = len(outbox.log.data) + len(outbox.splices) * batchat.SPLICE_LAG
         assert outbox.lag <= most, "private lines are no lag"
         buckets = [connection.bucket, connection.quota.bucket]
         paced = max(each.ready_at for each in buckets) > self.now and self.settings.rate > 0
         self.reached["paced"] += paced
         waits = self.was_paused or self.reactor.paused or paced
-        waits |= outbox.private_bytes > batchat.PRIVATE_LIMIT
+        waits |= outbox.private_bytes > batchat.PRIVATE_PENDING_LIMIT
         waits |= connection.virtual_time > self.now  # others come first for a while
         before, peer.untaken = peer.untaken, len(peer.arrived) + len(connection.read_buffer)
         peer.waited = 0 if waits or not peer.untaken >= before > 0 else peer.waited + 1
@@ -1268,7 +1270,7 @@ NETWORK_STEPS = st.one_of(
 SETTINGS = st.builds(  # in the order of its fields
     Settings,
     *map(st.sampled_from, [[10, 0, 0], [0, 0, 3], [0, 0, 2], [0, 3, 50]]),
-    *map(st.just, [Settings().welcome, PASSWORD]),
+    *map(st.just, [Settings().greeting, PASSWORD]),
     *(st.booleans(), st.sampled_from([1000, 1000, 4])),
 )
 # Often some people are there already, so that there is somebody to talk to.
@@ -1358,17 +1360,17 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
             log.append(data)
             for other in inside - {number}:  # four is nobody's number
                 expected[other] += data
-            if number in inside or number < 4 and outbox.discards:
+            if number in inside or number < 4 and outbox.is_discarding:
                 outbox.exclude_newest()
         elif kind == "send":
-            outbox.insert(data)
-            expected[n] += b"" if outbox.discards else data
+            outbox.append_private(data)
+            expected[n] += b"" if outbox.is_discarding else data
         elif kind == "take":
-            with outbox.unsent() as unsent:
+            with outbox.pending() as unsent:
                 sent = bytes(unsent)[: data[0] % 10 if data else None]
             got[n] += sent
             outbox.advance(len(sent))
-        elif kind == "join" and outbox.cursor == batchat.UNREACHABLE and not outbox.discards:
+        elif kind == "join" and outbox.cursor == batchat.UNREACHABLE and not outbox.is_discarding:
             inside.add(n)
             outbox.join()
         elif kind in ("leave", "lose") and n in inside:
@@ -1560,7 +1562,7 @@ BAD_BANS = [f"/ban ann {minutes}" for minutes in ("0", "-1", "525601", "soon", "
 def test_line_is_shown_to_the_right_people(room, protocol, line, others, own, shown):
     """As text, or as an event on the WebSocket, where speakers read their own lines."""
     _bob, ann, mike = [room.join(name, protocol=protocol) for name in ("bob", "ann", "mike")]
-    mike.operator, room.chat.clock.wall_time = "/kick" in line, 7
+    mike.is_operator, room.chat.clock.wall_time = "/kick" in line, 7
     mike.types(line)
     ann.expect(others if protocol is Telnet else others and shown)
     mike.expect(own if protocol is Telnet else shown)
@@ -1596,7 +1598,7 @@ def test_refusal_goes_to_sender_only(room, code, answer, lines):
     error = event("error", code=code, text=answer)
     for protocol, shown in [(Telnet, f"* {answer}\n"), (Web, error)]:
         mike = room.join("mike", protocol=protocol)
-        mike.operator = True
+        mike.is_operator = True
         mike.types(*lines)
         assert (mike.read(), ann.read()) == (shown * len(lines), "")
         assert (mike.state, mike.name) == (CHATTING, "mike")
@@ -1681,7 +1683,7 @@ def test_name_key_is_one_for_all_spellings(name):
 
 def test_welcome_replaces_ours_and_is_cleaned():
     with Server("--welcome", "Hello\x1b[2J at\tmine") as server:
-        server.call().expect(GREETING.replace(Settings().welcome, "Hello at mine"))
+        server.call().expect(GREETING.replace(Settings().greeting, "Hello at mine"))
 
 
 @cases(
@@ -1804,7 +1806,7 @@ def test_one_file_runs_wherever_it_is_copied(tmp_path):
 
 DEFAULTS = {
     "host": None, "port": 1337, "web_port": None, "no_web": False, "rate": 10,
-    "max_people": 0, "max_per_address": 100, "history": 0, "welcome": Settings().welcome,
+    "max_people": 0, "max_per_address": 100, "history": 0, "greeting": Settings().greeting,
     "password_file": None, "behind_proxy": False, "verbose": False,
 }
 # The tables of README: of each row, the code in the first cell, and what is said of it.
@@ -1818,6 +1820,7 @@ UNIT = re.search(r"```ini\n(.*?)```", README, re.DOTALL)[1]
 def test_readme_and_help_name_every_option():
     assert vars(batchat.parse_options([])) == DEFAULTS
     options = {f"--{name.replace('_', '-')}": default for name, default in DEFAULTS.items()}
+    options["--welcome"] = options.pop("--greeting")
     options.update({"--web-port": 1338, "--version": None, "--help": None})
     named = {name for name in NAMED if name[0] == "-"}
     assert {*options} - {"--verbose"} <= named <= {*options, "-v", "-h"}
@@ -1993,13 +1996,13 @@ def test_operator_commands_are_unknown_to_others(password):
 def test_help_for_operators_names_every_command(ann):
     ann.types("/help")
     rows = re.findall(r"\* (.*?)  +(.*)\n", ann.read())
-    commands = {each.usage: each.text for each in batchat.COMMANDS.values() if each.text}
+    commands = {each.usage: each.summary for each in batchat.COMMANDS.values() if each.summary}
     assert rows == [*commands.items(), ("//TEXT", "say a line that starts with a slash")]
 
 
 def test_usage_of_a_command_fits_its_method():
     for each in batchat.COMMANDS.values():
-        _, _, *taken = inspect.signature(each.run).parameters.values()
+        _, _, *taken = inspect.signature(each.handler).parameters.values()
         optional = [word[0] == "[" for word in each.usage.split()[1:]]
         assert optional == [x.default is not x.empty for x in taken]
 
@@ -2249,7 +2252,7 @@ def test_ten_wrong_passwords_are_warned_of_once(kept, caplog):
 def test_right_password_works_after_wrong_ones(kept):
     mike = kept.join("mike", "203.0.113.5")
     mike.types(*["/op wrong"] * 12, f"/op {PASSWORD}")
-    assert mike.operator
+    assert mike.is_operator
 
 
 # ------------
@@ -2262,7 +2265,7 @@ def test_first_events_of_a_caller(kept, ann):
     eve.types("a b", "eve", "/quit")
     prompt = event("prompt", text="Please enter your name, and press enter: ")
     said = {"type": "said", "id": 3, "at": 0, "name": "ann", "text": "hi"}
-    greeting = {"protocol": 1, "banner": batchat.BANNER, "text": Settings().welcome}
+    greeting = {"protocol": 1, "banner": batchat.BANNER, "text": Settings().greeting}
     assert eve.read().splitlines(True) == [
         event("greeting", **greeting, room=kept.chat.room_id, max_line=4096),
         *(prompt, event("error", code="bad_name", text=NAME_RULE), prompt),
@@ -2314,9 +2317,9 @@ def test_proxy_tells_the_address_of_a_browser(worlds):
         world.wait()
     assert names(world) == ["p1", "p2", "p4", "p5", "p6"]
     assert b'"code":"crowded"' in callers[2].got
-    counted = {name: each.connections for name, each in world.reactor.limiter.quotas.items()}
+    counted = {name: each.connection_count for name, each in world.reactor.limiter.quotas.items()}
     assert counted == {"localhost": 2, told: 3, "2001:db8::/64": 1}
-    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", callers[0].connection.label)
+    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", callers[0].connection.peer_label)
 
 
 def test_proxy_caller_who_is_banned_is_told(worlds):
@@ -2930,10 +2933,10 @@ def test_no_letter_is_lost_or_taken_for_ctrl_c(text, places):
 @cases("leaves, least, most", (b"", 10_000, 12_000), (b"\x04", 0, 0))
 def test_each_byte_is_scanned_once_for_ctrl_c(paced, monkeypatch, leaves, least, most):
     """Of those who wait; of those who have left, none."""
-    mike, counting = paced.joins("mike"), mock.Mock(side_effect=batchat.split_commands)
+    mike, counting = paced.joins("mike"), mock.Mock(side_effect=batchat.split_telnet_commands)
     mike.type(leaves or b"hi\r\n" * 60)
     paced.wait(0.1)
-    monkeypatch.setattr(batchat, "split_commands", counting)
+    monkeypatch.setattr(batchat, "split_telnet_commands", counting)
     for _ in range(100):
         mike.type(b"x" * 100)
         paced.run_once()
@@ -3020,7 +3023,7 @@ def test_ipv6_64_counts_as_one_address(worlds, monkeypatch, host, ours, group):
 
 def test_table_of_addresses_is_bounded(room, monkeypatch):
     """Those in use stay."""
-    monkeypatch.setattr(batchat, "SOURCES_LIMIT", 100)
+    monkeypatch.setattr(batchat, "QUOTAS_LIMIT", 100)
     room.join("mike", "203.0.113.1")
     for n in range(300):
         room.limiter.remove(room.caller(host=f"10.0.{n // 256}.{n % 256}"))
@@ -3119,13 +3122,13 @@ def test_rejected_callers_take_no_place(worlds, limits, protocol, host, most):
 @cases(
     "call, error",
     *[(call, errno.ENOMEM) for call in CALLS],
-    *[(call, OURS) for call in ("recv", "register", "check_name", "joined", "renamed", "quit")],
+    *[(call, OURS) for call in ("recv", "register", "parse_name", "joined", "renamed", "quit")],
 )
 def test_failed_call_costs_one_connection(world, monkeypatch, call, error):
     """The log says why; for errors of ours, with a traceback."""
     (ann,), mike = rested(world, "ann"), world.calls()
     mike.faults[call] = error
-    if call == "check_name":
+    if call == "parse_name":
         monkeypatch.setattr(batchat, call, lambda _: mike.sock.call(call))
     chat, publish = world.reactor.chat, world.reactor.chat.publish
     if call in batchat.TEMPLATES:  # showing that mike has joined, for example
@@ -3481,7 +3484,7 @@ def test_web_refusal_waits_for_the_request(worlds, why, code, limits):
     world.wait()
     text = batchat.CLOSING_TEXT[why].format(minutes=5)
     assert events_in(browser.got) == [{"type": "closing", "code": why, "text": text}]
-    assert browser.got.endswith(batchat.frame(8, code.to_bytes(2, "big")))
+    assert browser.got.endswith(batchat.encode_frame(8, code.to_bytes(2, "big")))
     assert page.got.startswith(b"HTTP/1.1 200 ")
     assert silent.got == b""
 
@@ -3525,7 +3528,7 @@ def test_websocket_frames_are_read(frames, lines, answers):
     (2, 65536, "827f0000000000010000"),
 )
 def test_websocket_frames_are_written(opcode, size, head):
-    assert batchat.frame(opcode, b"x" * size) == bytes.fromhex(head) + b"x" * size
+    assert batchat.encode_frame(opcode, b"x" * size) == bytes.fromhex(head) + b"x" * size
 
 
 @cases(
@@ -3833,7 +3836,7 @@ def whisper(sender: str, to: str) -> dict:
 
 HIDE = "Object.defineProperty(document, 'hidden', {value: true, configurable: true});"
 MUTE = "socket.send = () => {};"  # nothing reaches the room
-LAST = "[...lines.querySelectorAll('p')].at(-1)"
+LAST = "[...linesBox.querySelectorAll('p')].at(-1)"
 AT_END = f"{LAST}.getBoundingClientRect().bottom <= scroller.getBoundingClientRect().bottom"
 TOP = "find('.prompt').getBoundingClientRect().top"
 HERE = "find('summary').textContent"
@@ -3873,7 +3876,7 @@ def test_page_first_screen_says_what_to_do(mike, page_server):
 def test_page_says_why_a_name_is_refused(mike, page_server):
     mike.opens(page_server)
     mike.enters("not a name")
-    mike.gives("lines.querySelectorAll('.prompt').length", 2)
+    mike.gives("linesBox.querySelectorAll('.prompt').length", 2)
     assert mike.finds("#lines p", "className")[-2:] == ["error", "prompt"]
     mike.enters("mike")
     mike.gives("state", "chatting")
@@ -3925,7 +3928,7 @@ def test_page_confirms_the_line_that_came_back(page):
 
 def test_page_marks_own_lines_before_a_rename(page):
     page.receives(said("hi", "mike"), said(name="mike", type="renamed", to="mick"))
-    page.gives("name", "mick")
+    page.gives("ownName", "mick")
     page.gives("document.querySelectorAll('#lines .said.own').length", 1)
 
 
@@ -3959,7 +3962,7 @@ def test_page_loses_nothing_when_cut_off(mike, history):
         relay.to_server.clear()
         mike.enters("not heard")
         mike.gives("pending.length", 3)
-        mike.does("pause = 0.2")
+        mike.does("retrySeconds = 0.2")
         relay.cut()
         ann.expect("* mike has quit the chat\n")
         ann.types("missed", "/who")
@@ -3988,7 +3991,7 @@ def test_page_knows_a_restarted_server(mike):
     """Its ids start anew: nothing is taken for shown already."""
     with Server("--history", "9") as server:
         mike.joins(server, "mike")
-        mike.does("receive({type: 'joined', id: 1000, at: 0, name: 'eve'}); pause = 0.2")
+        mike.does("receive({type: 'joined', id: 1000, at: 0, name: 'eve'}); retrySeconds = 0.2")
     mike.shows("Disconnected. Reconnecting in")
     same_ports = ["--port", str(server.port), "--web-port", str(server.web_port)]
     with Server(*same_ports, "--history", "9") as server:
@@ -4021,7 +4024,7 @@ def test_page_shows_the_history(mike):
 
 def test_page_waits_until_its_name_is_free(mike, jonny):
     """Its own lost connection may still have the name; the pause grows."""
-    mike.does("pause = 0.1; socket.close()")
+    mike.does("retrySeconds = 0.1; socket.close()")
     jonny.expect("* mike has quit the chat\n")
     jonny.types("/nick mike")
     jonny.expect("* jonny is now known as mike\n")
@@ -4037,7 +4040,7 @@ def test_page_waits_until_its_name_is_free(mike, jonny):
 )
 def test_page_waits_150_s_for_its_name(mike, jonny, what, shown):
     """Also if it was lost before the history came."""
-    mike.does(f"setName('jonny'); pause = 0.1; {what}; socket.close()")
+    mike.does(f"setOwnName('jonny'); retrySeconds = 0.1; {what}; socket.close()")
     mike.shows(shown)
 
 
@@ -4046,7 +4049,7 @@ def test_page_pause_has_a_maximum(page):
     seconds = "socket.onclose({code: 1006}), parseInt(status.textContent.split(' in ')[1])"
     page.gives(f"Array.from({{length: 8}}, () => ({seconds}))", [1, 2, 4, 8, 16, 30, 30, 30])
     page.receives({"type": "welcome", "text": "", "name": "mike"})
-    page.gives("pause", 1)
+    page.gives("retrySeconds", 1)
 
 
 def test_page_shows_why_it_was_disconnected(page):
@@ -4055,11 +4058,11 @@ def test_page_shows_why_it_was_disconnected(page):
     for code in again + never:
         page.receives({"type": "closing", "code": code, "text": f"That was {code}."})
         number = batchat.CLOSE_CODES.get(code, 1000)
-        page.does(f"awaySince = pause = 1; socket.onclose({{code: {number}}})")
+        page.does(f"awaySince = retrySeconds = 1; socket.onclose({{code: {number}}})")
         page.gives(f"{LAST}.innerText.endsWith('* That was {code}.')")
         way = "Reconnecting in 1 s \u2026" if code in again else "Enter a name to rejoin."
         page.gives("status.textContent", f"Disconnected. {way}")
-    page.gives("[state, pause, closing, awaySince]", ["left", 1, "", 0])
+    page.gives("[state, retrySeconds, closingCode, awaySince]", ["left", 1, "", 0])
 
 
 def test_page_that_is_refused_comes_in_later(mike):
@@ -4068,11 +4071,11 @@ def test_page_that_is_refused_comes_in_later(mike):
         ann = server.join("ann")
         mike.loads(server)
         mike.shows("* BATCHAT is full")
-        mike.does("pause = 0.2")
+        mike.does("retrySeconds = 0.2")
         mike.shows("Disconnected. Reconnecting in 0.4 s")
         assert len(mike.lines()) == 1
         ann.types("/quit")
-        mike.gives("[state, pause, closing]", ["naming", 1, ""])
+        mike.gives("[state, retrySeconds, closingCode]", ["awaitingName", 1, ""])
         mike.enters("mike")
         mike.gives("state", "chatting")
 
@@ -4131,7 +4134,7 @@ def test_page_leaves_when_another_is_opened(mike, jonny):
 def test_page_name_outlives_a_reload(mike, jonny):
     """It is asked for where somebody else has it now."""
     mike.enters("/nick mick")
-    mike.gives("name", "mick")
+    mike.gives("ownName", "mick")
     mike.reloads()
     jonny.expect("* mike is now known as mick\n* mick has quit the chat\n")
     jonny.expect("* mick has joined the chat\n")
@@ -4140,7 +4143,7 @@ def test_page_name_outlives_a_reload(mike, jonny):
     mike.reloads()
     mike.shows("* The name jonny is taken.")
     mike.enters("mike")
-    mike.gives("[name, state]", ["mike", "chatting"])
+    mike.gives("[ownName, state]", ["mike", "chatting"])
 
 
 @cases("name", "mike", "jonny")
@@ -4163,7 +4166,7 @@ def test_page_keeps_what_is_typed_before_welcome(mike, jonny, page_server, name)
         mike.gives("[state, input.value]", ["chatting", "draft"])
 
 
-@cases("early", "state = 'calling'", "state = 'arriving'")
+@cases("early", "state = 'connecting'", "state = 'arriving'")
 def test_page_sends_nothing_before_it_is_asked(page, early):
     page.does(early)
     page.enters("draft")
@@ -4177,7 +4180,7 @@ def test_page_does_not_move_who_scrolled_up(page):
     page.shows("line 39")
     page.does(f"scroller.scrollTop = -200; window.before = {TOP}")
     page.receives(said("one more"))
-    page.shows("1 new line")
+    page.shows("1 new")
     for count in (1, 500):  # within a block, and in several
         page.receives(*[said(f"more {n}") for n in range(count)])
         page.gives(f"queue.length === 0 && Math.abs({TOP} - before) < 2 && !({AT_END})")
@@ -4200,7 +4203,7 @@ def test_page_title_says_that_one_is_called(page):
     page.gives("document.title", "(1) BATCHAT")
     page.receives(said("but MIKE..., you are"))
     page.gives("document.title", "(@2) BATCHAT")
-    page.gives("lines.querySelectorAll('.mention').length", 1)
+    page.gives("linesBox.querySelectorAll('.mention').length", 1)
     page.does("unread = 0; mentioned = false")
     page.receives(whisper("ann", "mike"))
     page.gives("document.title", "(@1) BATCHAT")
@@ -4297,7 +4300,7 @@ def test_page_help_can_be_read_on_a_phone(page):
     page.gives("innerWidth", 390)
     tops = page.finds(".rows > span", "getBoundingClientRect().top")
     assert tops == sorted(set(tops))
-    page.gives("lines.scrollWidth <= lines.clientWidth")
+    page.gives("linesBox.scrollWidth <= linesBox.clientWidth")
     page.sized(800, 500)
 
 
@@ -4344,7 +4347,7 @@ def test_page_shows_no_command_as_pending(page, line):
 
 def test_page_notes_ones_own_new_name(page):
     page.enters("/nick mick", "hello")
-    page.gives(f"[name, pending.length, {LAST}.className]", ["mick", 0, "said own"])
+    page.gives(f"[ownName, pending.length, {LAST}.className]", ["mick", 0, "said own"])
 
 
 # The keyboard
@@ -4406,13 +4409,14 @@ def test_page_escape_closes_the_list(page):
 # Colours
 
 ALL_COLOURS = """
-socket.send = () => {}; sendLine('pending'); below = 2; peopleBox.open = true;
+socket.send = () => {}; sendLine('pending'); newLinesBelow = 2; peopleBox.open = true;
 show({type: 'said', name: 'ann', text: 'mike'}, 'past'); setStatus('a status');
-show({type: 'said', name: 'mike', text: 'lost'}, 'unconfirmed'); show({type: 'gap', text: 'away'});
+show({type: 'said', name: 'mike', text: 'lost'}, 'unconfirmed');
+show({type: 'divider', text: 'away'});
 while (queue.length) paint();
 for (let hue = 0; hue < 360; hue += 15) for (const className of ['said', 'own', 'mention']) {
   const name = element('bdi', {className: 'name', style: `--hue: ${hue}`}, 'ann');
-  lines.append(element('p', {className}, name));
+  linesBox.append(element('p', {className}, name));
 }
 const canvas = new OffscreenCanvas(1, 1).getContext('2d');
 const rgba = colour => {
@@ -4467,15 +4471,15 @@ def test_page_keeps_the_last_lines(page, count, length):
     last, waiting = page.does(MANY % (count, json.dumps(said()), length) + bounded)
     assert last != "said" and waiting <= 1500
     page.gives(f"queue.length === 0 && {LAST}.textContent.includes('<ann> {count - 1} ')")
-    page.gives("lines.childElementCount", 1500)
+    page.gives("linesBox.childElementCount", 1500)
     page.gives(AT_END)
 
 
 def test_page_paints_little_at_a_time(page):
     page.does(
         "window.painted = []; const one = paint; paint = () => {"
-        "  const before = lines.textContent.length; one();"
-        "  painted.push(lines.textContent.length - before); };"
+        "  const before = linesBox.textContent.length; one();"
+        "  painted.push(linesBox.textContent.length - before); };"
         + MANY % (500, json.dumps(said()), 100)
     )
     page.gives("queue.length === 0 && painted.length >= 10 && Math.max(...painted) < 7000")
@@ -4496,8 +4500,8 @@ def test_page_is_quick_with_every_line(page):
     script = (
         "{...%s, date: new Date()}; return Math.min(...[1, 2, 3].map(() => {"
         "const start = performance.now(); input.value = event.text; complete(); isMention(event);"
-        "paragraph(event); COMMAND.test(event.text); PASSWORD.test(event.text); input.value = '';"
-        "return performance.now() - start; }));"
+        "paragraph(event); UNSPOKEN_COMMAND.test(event.text); PASSWORD_LINE.test(event.text);"
+        "input.value = ''; return performance.now() - start; }));"
     )
     *times, plain = [page.does("const event = " + script % json.dumps(said(it))) for it in texts]
     assert max(times) < 10 * plain, times
