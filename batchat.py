@@ -906,14 +906,13 @@ class Command(NamedTuple):
     usage: str  # its name and arguments, optional ones in brackets
     summary: str  # what it does, for /help; "" if it is not listed
     operators_only: bool
-    spoken: bool  # whether it publishes a SPOKEN event: the page shows the line as pending
 
 
 COMMANDS: dict[str, Command] = {}  # by name and alias
 
 
 def command(
-    usage: str, summary: str, *aliases: str, operators_only: bool = False, spoken: bool = False
+    usage: str, summary: str, *aliases: str, operators_only: bool = False
 ) -> Callable[[CommandHandler], CommandHandler]:
     """Make a method of Chat a command.
 
@@ -923,8 +922,7 @@ def command(
 
     def register(handler: CommandHandler) -> CommandHandler:
         names = (usage.split()[0], *aliases)
-        entry = Command(handler, usage, summary, operators_only, spoken)
-        COMMANDS.update(dict.fromkeys(names, entry))
+        COMMANDS.update(dict.fromkeys(names, Command(handler, usage, summary, operators_only)))
         return handler
 
     return register
@@ -1182,7 +1180,7 @@ class Chat:
         self.limiter.charge(person, len(data) / WHO_BYTES_PER_TOKEN)
         self.send_raw(person, data)
 
-    @command("/me ACTION", "say what you do: /me waves", spoken=True)
+    @command("/me ACTION", "say what you do: /me waves")
     def _me(self, person: Person, text: str) -> None:
         self.publish("did", person, text=text)
 
@@ -2160,7 +2158,6 @@ SHARED = {
     "PROTOCOL_VERSION": PROTOCOL_VERSION,
     "OP_PATTERN": OP_PATTERN,
     "LOST_SECONDS": LOST_SECONDS,
-    "SPOKEN_COMMANDS": "|".join(name[1:] for name, each in COMMANDS.items() if each.spoken),
 }
 SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
 const KEPT_LINES = 1500, PAINT_BATCH = 50;  // lines painted at a time
@@ -2301,9 +2298,9 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 
 // Own lines are pending, as they were typed, until they come back
 let pending = [];
-const UNSPOKEN_COMMAND = new RegExp(`^\\s*/(?!/|(${SPOKEN_COMMANDS})\\s+\\S)`, "i");  // one that says no line
+const COMMAND = /^\s*\/(?!\/)/;
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
-  const i = pending.findIndex(line => line.text.includes(event.text));  // not equals: // TEXT and /me
+  const i = pending.findIndex(line => line.text.includes(event.text));  // not equals: //TEXT
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
 }
 function markUnconfirmed() { for (const line of pending.splice(0)) show(line, "unconfirmed"); }
@@ -2336,7 +2333,7 @@ function isMention(event) {
 function show(event, variant = "") {  // variant: "past", "pending", "unconfirmed", or "" for what is new
   if (!templates[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
-  if (SPOKEN.includes(event.type) && isOwn(event)) confirmPending(event);
+  if (event.type === "said" && isOwn(event)) confirmPending(event);
   if (!variant && document.hidden && FROM_PEOPLE.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
@@ -2422,7 +2419,7 @@ function sendLine(line) {  // returns whether the input may be cleared
   if (state !== "chatting") return true;
   if (!PASSWORD_LINE.test(line)) {
     inputHistory.splice(-1, 1, line, "");
-    if (!UNSPOKEN_COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name: ownName, text: line });
+    if (!COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name: ownName, text: line });
   }
   historyIndex = inputHistory.length - 1;
   scroller.scrollTop = 0;
