@@ -8,9 +8,9 @@
 A chat room is a log, and a reader is a cursor into it.  What happens in the room is an event.
 It is appended once to the log of each format (text for telnet, JSON for WebSockets), and each
 reader is sent everything new in one system call.  One thread runs the event loop: select,
-process input, send, reconcile.  A person is a caller until they have a name, then a reader.
+process input, send, reconcile.  A client is a caller until it has a name, then a reader.
 
-Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Person, Limiter  6. Chat
+Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Client, Limiter  6. Chat
 7. Reactor  8. The web  9. main  10. The page.  Only 7 and 9 use sockets.  8 and 10 are only for
 browsers and bots.
 """
@@ -40,7 +40,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from enum import Enum
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Final, Iterable, Literal, NamedTuple, TextIO, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, TextIO, Union
 
 __version__ = "1.1.0"
 
@@ -132,7 +132,7 @@ def local_time(pattern: str, at: int) -> str:
 # 2. Settings, and limits of several parts
 
 LINE_LIMIT = 4096  # bytes, without the line end
-# Private bytes pending, above which whispers to a person are refused, and their own input waits.
+# Private bytes pending, above which whispers to a client are refused, and their own input waits.
 WHISPER_PENDING_LIMIT, PRIVATE_PENDING_LIMIT = 64 << 10, 128 << 10
 
 # Tokens: an allowance of --rate a second.
@@ -172,7 +172,7 @@ class Log:
 
     def __init__(self, protocol_class: type[Protocol]) -> None:
         self.protocol_class = protocol_class
-        self.readers: dict[Person, None] = {}  # an ordered set: those in the room
+        self.readers: dict[Client, None] = {}  # an ordered set: those in the room
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest_start = 0  # of the last event
@@ -193,10 +193,10 @@ class Log:
 
 
 class Outbox:
-    """What one person still has to be sent: a cursor into the log, and splices.
+    """What one client still has to be sent: a cursor into the log, and splices.
 
     A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
-    (a reply to this person), then go on at `resume` (after their own line).  With the cursor at
+    (a reply to this client), then go on at `resume` (after their own line).  With the cursor at
     100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
     Outside the room the cursor is UNREACHABLE, and so are all offsets.
     """
@@ -235,7 +235,7 @@ class Outbox:
         self.private_bytes = 0
 
     def append_private(self, data: bytes) -> None:
-        """Send `data` to this person only, after everything in the log so far."""
+        """Send `data` to this client only, after everything in the log so far."""
         resume = self.splices[-1][2] if self.splices else self.cursor
         offset = max(resume, self.log.end)
         self._splice(offset, data, offset)
@@ -294,11 +294,7 @@ class Control(Enum):
     DISCONNECT = 2  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-# Final: a type checker can tell them apart.
-OPENED: Final = Control.OPENED
-TOO_LONG: Final = Control.TOO_LONG
-DISCONNECT: Final = Control.DISCONNECT
-LineOrTooLong = Union[str, Literal[Control.TOO_LONG]]
+OPENED, TOO_LONG, DISCONNECT = Control
 LineOrControl = Union[str, Control]
 
 
@@ -519,7 +515,7 @@ class Telnet(Protocol):
 
 
 # ---
-# 5. Person, Limiter
+# 5. Client, Limiter
 
 LOCALHOST = "localhost"
 
@@ -585,9 +581,9 @@ class TokenBucket:
         self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
 
 
-SOURCE_RATE_FACTOR = 10  # times a person's rate: everyone from one source together
+SOURCE_RATE_FACTOR = 10  # times a client's rate: everyone from one source together
 LOCALHOST_RATE_FACTOR = 10  # times a source's rate: everyone from localhost together
-SPARE_CONNECTIONS = 16  # for departing people, where the server is full
+SPARE_CONNECTIONS = 16  # for departing clients, where the server is full
 SPARE_PER_SOURCE = 100  # the same, where too many are from one source
 QUOTAS_LIMIT = 10_000  # with a quota; more only while all are in use
 
@@ -600,7 +596,7 @@ class Quota:
         self.spare_places = spare_places
         self.bucket = TokenBucket(rate)
         self.connection_count = 0
-        self.departing: dict[Person, None] = {}  # counted, but they take no place
+        self.departing: dict[Client, None] = {}  # counted, but they take no place
         self.wrong_passwords = 0
 
     @property
@@ -615,7 +611,7 @@ class Quota:
 
 
 class State(Enum):
-    """Where a person stands; what may happen then, and the state that follows:
+    """Where a client stands; what may happen then, and the state that follows:
 
     CONNECTING
       telnet: nothing more is needed           AWAITING_NAME, with a greeting
@@ -641,13 +637,13 @@ class State(Enum):
     (*) if they were CHATTING
 
     Only Chat.greet, Chat._join and Chat.disconnect change the state, and Reactor._close closes.
-    Besides, in any state a person may be
+    Besides, in any state a client may be
       lost       (Reactor._lose) nothing can be sent; what they sent is processed, even a name
       at EOF     (Reactor._read) nothing more can be read
       rejected   (Limiter.add) before they are CHATTING; then disconnected, with the reason
       departing  CLOSING, lost or rejected: they take no place (Quota.departing)
       done       CLOSING, and nothing is pending: the peer has to close
-    A person is in Chat.people exactly if they are CHATTING.
+    A client is in Chat.people exactly if it is CHATTING.
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
@@ -670,7 +666,7 @@ STATE_SECONDS = {
 LOST_SECONDS = 120.0  # to process what somebody sent before a reset
 
 
-class Person:
+class Client:
     """One connection, even one that only asks for the page."""
 
     sock: socket.socket  # for the reactor alone
@@ -727,37 +723,37 @@ class Limiter:
         self.bans: dict[str, float] = {}  # when they end, by address or /64
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
-    def add(self, person: Person, address: str) -> None:
+    def add(self, client: Client, address: str) -> None:
         """Count a connection from an address; if there are too many, it is rejected.
 
         One that a proxy has made is added again, with the address that it tells.
         """
-        person.reject_code = ""
-        person.host = parse_host(address)
-        person.quota = self.quota_for(self.source_of(person.host))
-        person.bucket = TokenBucket(self.settings.rate)
-        for quota, code in ((person.quota, "crowded"), (self.server_quota, "full")):
+        client.reject_code = ""
+        client.host = parse_host(address)
+        client.quota = self.quota_for(self.source_of(client.host))
+        client.bucket = TokenBucket(self.settings.rate)
+        for quota, code in ((client.quota, "crowded"), (self.server_quota, "full")):
             quota.connection_count += 1
             if quota.limit and quota.free_places < 0:
-                person.reject_code = code
-        if person.reject_code or person.lost_reason:  # lost: before it was added again
-            self.mark_departing(person)
+                client.reject_code = code
+        if client.reject_code or client.lost_reason:  # lost: before it was added again
+            self.mark_departing(client)
         if self.settings.rate:  # anyone who reconnects must not be served first
-            self._raise_virtual_time(person, JOIN_TOKENS - LINE_TOKENS)
+            self._raise_virtual_time(client, JOIN_TOKENS - LINE_TOKENS)
 
     def source_of(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
         return host.address if host.network in self.own_networks else host.network
 
-    def mark_departing(self, person: Person) -> None:
+    def mark_departing(self, client: Client) -> None:
         """Stop counting a connection: it ends when its input is processed, or all is sent."""
-        for quota in (self.server_quota, person.quota):
-            quota.departing[person] = None
+        for quota in (self.server_quota, client.quota):
+            quota.departing[client] = None
 
-    def remove(self, person: Person) -> None:
-        for quota in (self.server_quota, person.quota):
+    def remove(self, client: Client) -> None:
+        for quota in (self.server_quota, client.quota):
             quota.connection_count -= 1
-            quota.departing.pop(person, None)
+            quota.departing.pop(client, None)
 
     def quota_for(self, source: str) -> Quota:
         """The quota with this source; a new one if it is not known."""
@@ -771,25 +767,25 @@ class Limiter:
             self.quotas[source] = Quota(limit, SPARE_PER_SOURCE, rate)
         return self.quotas[source]
 
-    def pick_to_evict(self, person: Person) -> Person | None:
+    def pick_to_evict(self, client: Client) -> Client | None:
         """A departing connection to close, if too many are like this one; else None."""
-        for quota in (self.server_quota, person.quota):
+        for quota in (self.server_quota, client.quota):
             if len(quota.departing) > quota.departing_limit:
                 # First those who are done; among equals, the one who has used most.
                 return max(quota.departing, key=lambda other: (other.is_done, other.virtual_time))
         return None
 
-    def charge(self, person: Person, tokens: float) -> None:
-        """Take tokens from a person and their address."""
+    def charge(self, client: Client, tokens: float) -> None:
+        """Take tokens from a client and its source."""
         if self.settings.rate:
-            person.bucket.spend(tokens, self.clock.now)
-            person.quota.bucket.spend(tokens, self.clock.now)
-            self._raise_virtual_time(person, tokens)
+            client.bucket.spend(tokens, self.clock.now)
+            client.quota.bucket.spend(tokens, self.clock.now)
+            self._raise_virtual_time(client, tokens)
 
-    def _raise_virtual_time(self, person: Person, tokens: float) -> None:
-        """Raise `virtual_time`: for 1 token by 0.1 s, if their share of the address is 10/s."""
-        share = person.quota.bucket.rate / person.quota.connection_count
-        person.virtual_time = max(person.virtual_time, self.clock.now) + tokens / share
+    def _raise_virtual_time(self, client: Client, tokens: float) -> None:
+        """Raise `virtual_time`: for 1 token by 0.1 s, if its share of the source is 10/s."""
+        share = client.quota.bucket.rate / client.quota.connection_count
+        client.virtual_time = max(client.virtual_time, self.clock.now) + tokens / share
 
     def tick(self) -> None:
         """Forget the quotas that hold nothing to remember, and the bans that are over."""
@@ -946,59 +942,61 @@ class Chat:
         self.room_id = os.urandom(8).hex()  # tells this run of the server from others
         self.logs = {each: Log(each) for each in protocol_classes}
         self.history = History(self.settings.history)
-        self.people: dict[str, Person] = {}  # those who are chatting, by name_key
+        self.people: dict[str, Client] = {}  # those who are chatting, by name_key
         # The reactor takes these two, and empties them.
-        self.to_reconcile: dict[Person, None] = {}
+        self.to_reconcile: dict[Client, None] = {}
         self.new_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
         # When it was given up, its name_key, its owner.
-        self._former_names: deque[tuple[float, str, Person]] = deque(maxlen=FORMER_NAMES_LIMIT)
-        self._ignorers: defaultdict[Person, set[Person]] = defaultdict(set)  # of each person
+        self._former_names: deque[tuple[float, str, Client]] = deque(maxlen=FORMER_NAMES_LIMIT)
+        self._ignorers: defaultdict[Client, set[Client]] = defaultdict(set)  # of each client
 
     # The state machine
-    def handle(self, person: Person, received: LineOrControl) -> None:
+    def handle(self, client: Client, received: LineOrControl) -> None:
         """Do what a line or control means in this state: see State."""
-        self.limiter.charge(person, LINE_TOKENS)
+        self.limiter.charge(client, LINE_TOKENS)
         try:
             if received is DISCONNECT:
-                self.disconnect(person, reason=person.lost_reason or "the connection ended")
+                self.disconnect(client, reason=client.lost_reason or "the connection ended")
             elif received is OPENED:
-                self.greet(person)
-            elif person.state is AWAITING_NAME:
-                self._handle_name(person, received)
+                self.greet(client)
+            elif client.state is AWAITING_NAME:
+                self._handle_name(client, received)
+            elif client.state is CHATTING:
+                self._handle_line(client, received)
             else:
-                self._handle_line(person, received)
+                raise RuntimeError(f"{received!r} in {client.state}")
         except Refused as error:
-            self.send(person, "error", code=error.code, text=str(error))
-            if person.state is AWAITING_NAME:
-                self._ask_for_name(person)
+            self.send(client, "error", code=error.code, text=str(error))
+            if client.state is AWAITING_NAME:
+                self._ask_for_name(client)
 
-    def _handle_name(self, person: Person, line: LineOrTooLong) -> None:
-        if line is TOO_LONG or HTTP_REQUEST.match(line):  # a web request, long or not
-            self.disconnect(person, reason="sent no name")
+    def _handle_name(self, client: Client, line: LineOrControl) -> None:
+        if isinstance(line, Control) or HTTP_REQUEST.match(line):  # a web request, long or not
+            self.disconnect(client, reason="sent no name")
         elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
-            self.disconnect(person, reason="quit")
+            self.disconnect(client, reason="quit")
         else:
-            self._join(person, line)
+            self._join(client, line)
 
-    def _handle_line(self, person: Person, line: LineOrTooLong) -> None:
-        if line is TOO_LONG:
+    def _handle_line(self, client: Client, line: LineOrControl) -> None:
+        if isinstance(line, Control):  # TOO_LONG
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op{match[1]}"
         body = line.lstrip()
         if body[:2] == "//":  # but //op is /op
-            self.publish("said", person, text=body[1:])
+            self.publish("said", client, text=body[1:])
         elif body[:1] == "/":
-            self._run_command(person, body)
+            self._run_command(client, body)
         elif body:
-            self.publish("said", person, text=line)
+            self.publish("said", client, text=line)
             if line in ("help", "?"):
-                self.send(person, "notice", text="/help shows what you can type.")
+                self.send(client, "notice", text="/help shows what you can type.")
 
     # Showing events
-    def publish(self, event_type: str, person: Person, **fields: Any) -> None:
+    def publish(self, event_type: str, client: Client, **fields: Any) -> None:
         """Show everyone in the room an event.
 
         What is said is left out for those who ignore the speaker, and for speakers themselves if
@@ -1009,7 +1007,7 @@ class Chat:
             "type": event_type,
             "id": self._last_id,
             "at": self.clock.wall_time,
-            "name": person.name,
+            "name": client.name,
             **fields,
         }
         for log in self.logs.values():
@@ -1019,33 +1017,33 @@ class Chat:
                 self.new_bytes += len(data)
         if event_type in SPOKEN:
             if self.settings.history:
-                self.history.append(event, person.host)
-            if not person.protocol.ECHOES_OWN_LINES:
-                person.outbox.exclude_newest()
-            for ignorer in self._ignorers.get(person, ()):
+                self.history.append(event, client.host)
+            if not client.protocol.ECHOES_OWN_LINES:
+                client.outbox.exclude_newest()
+            for ignorer in self._ignorers.get(client, ()):
                 ignorer.outbox.exclude_newest()
 
-    def send(self, person: Person, event_type: str, **fields: Any) -> None:
-        self.send_raw(person, person.protocol.encode({"type": event_type, **fields}))
+    def send(self, client: Client, event_type: str, **fields: Any) -> None:
+        self.send_raw(client, client.protocol.encode({"type": event_type, **fields}))
 
-    def send_raw(self, person: Person, data: bytes) -> None:
+    def send_raw(self, client: Client, data: bytes) -> None:
         if data:
-            person.outbox.append_private(data)
+            client.outbox.append_private(data)
             self.new_bytes += len(data)
-            self.to_reconcile[person] = None
+            self.to_reconcile[client] = None
 
     # Joining and leaving
-    def greet(self, person: Person) -> None:
+    def greet(self, client: Client) -> None:
         """Greet a caller and ask for a name, or say why they may not join."""
-        address = person.protocol.forwarded_for
+        address = client.protocol.forwarded_for
         if address:  # from a proxy: count them under this address
-            person.peer_label = f"{address} through {person.peer_label}"
-            self.limiter.remove(person)
-            self.limiter.add(person, address)
-        if not self._reject_if_needed(person):
-            person.enter(AWAITING_NAME, self.clock.now)
+            client.peer_label = f"{address} through {client.peer_label}"
+            self.limiter.remove(client)
+            self.limiter.add(client, address)
+        if not self._reject_if_needed(client):
+            client.enter(AWAITING_NAME, self.clock.now)
             self.send(
-                person,
+                client,
                 "greeting",
                 protocol=PROTOCOL_VERSION,
                 banner=BANNER,
@@ -1053,93 +1051,93 @@ class Chat:
                 room=self.room_id,
                 max_line=LINE_LIMIT,
             )
-            self._ask_for_name(person)
+            self._ask_for_name(client)
 
-    def _ask_for_name(self, person: Person) -> None:
-        if person.prompts == PROMPTS_LIMIT:
-            self.disconnect(person, "tries")
+    def _ask_for_name(self, client: Client) -> None:
+        if client.prompts == PROMPTS_LIMIT:
+            self.disconnect(client, "tries")
         else:
-            person.prompts += 1
-            self.send(person, "prompt", text=PROMPT)
+            client.prompts += 1
+            self.send(client, "prompt", text=PROMPT)
 
-    def _reject_if_needed(self, person: Person) -> bool:
+    def _reject_if_needed(self, client: Client) -> bool:
         """Disconnect a caller if they may not join; returns whether it did."""
-        minutes = self.limiter.banned_minutes(*person.host.sources)
+        minutes = self.limiter.banned_minutes(*client.host.sources)
         is_full = 0 < self.settings.max_people <= len(self.people)
-        code = "banned" if minutes else "full" if is_full else person.reject_code
+        code = "banned" if minutes else "full" if is_full else client.reject_code
         if code:
-            self.disconnect(person, code, minutes=minutes)
+            self.disconnect(client, code, minutes=minutes)
         return bool(code)
 
-    def _join(self, person: Person, text: str) -> None:
+    def _join(self, client: Client, text: str) -> None:
         """Let a caller in by the name that they typed, or reject them; raises Refused."""
-        if self._reject_if_needed(person):
+        if self._reject_if_needed(client):
             return
-        person.name = name = self._available_name(person, text)
-        self.limiter.charge(person, JOIN_TOKENS - LINE_TOKENS)
-        person.enter(CHATTING, self.clock.now)
-        self.people[name_key(name)] = person
-        self.publish("joined", person)  # before they read the log
-        person.outbox.log.readers[person] = None
-        person.outbox.join()
-        self.send(person, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
+        client.name = name = self._available_name(client, text)
+        self.limiter.charge(client, JOIN_TOKENS - LINE_TOKENS)
+        client.enter(CHATTING, self.clock.now)
+        self.people[name_key(name)] = client
+        self.publish("joined", client)  # before they read the log
+        client.outbox.log.readers[client] = None
+        client.outbox.join()
+        self.send(client, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.settings.history:
-            self.send_raw(person, self.history.encode(type(person.protocol)))
-        logger.info("%s joined from %s (%d here)", name, person.peer_label, len(self.people))
+            self.send_raw(client, self.history.encode(type(client.protocol)))
+        logger.info("%s joined from %s (%d here)", name, client.peer_label, len(self.people))
 
-    def disconnect(self, person: Person, code: str = "", reason: str = "", **fields: Any) -> None:
-        """Close a person's connection when everything pending is sent, and tell the others.
+    def disconnect(self, client: Client, code: str = "", reason: str = "", **fields: Any) -> None:
+        """Close a client's connection when everything pending is sent, and tell the others.
 
-        A `code` is that of a `closing` event for the person, with the text in CLOSING_TEXT, which
+        A `code` is that of a `closing` event for the client, with the text in CLOSING_TEXT, which
         is filled with `fields`.  Where there is none, the server log gets a `reason`.
         """
-        was_chatting = person.state is CHATTING
-        person.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
-        self.to_reconcile[person] = None
+        was_chatting = client.state is CHATTING
+        client.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
+        self.to_reconcile[client] = None
         if was_chatting:
-            self._release_name(person)
-            person.outbox.log.readers.pop(person, None)
-            person.outbox.leave()
-            self._ignorers.pop(person, None)
+            self._release_name(client)
+            client.outbox.log.readers.pop(client, None)
+            client.outbox.leave()
+            self._ignorers.pop(client, None)
             for ignorers in self._ignorers.values():
-                ignorers.discard(person)
+                ignorers.discard(client)
             if code == "kicked":
-                self.publish("kicked", person, **fields)
+                self.publish("kicked", client, **fields)
             else:
-                self.publish("quit", person)
-            how = f"{reason or code} ({person.peer_label}, {len(self.people)} here)"
-            logger.info("%s left: %s", person.name, how)
+                self.publish("quit", client)
+            how = f"{reason or code} ({client.peer_label}, {len(self.people)} here)"
+            logger.info("%s left: %s", client.name, how)
         else:
-            logger.debug("%s left before joining: %s", person.peer_label, reason or code)
-        self.limiter.mark_departing(person)
-        if code and person.protocol.is_open:
-            self.send(person, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
-        person.protocol.finish(code)
-        self.send_raw(person, person.protocol.take_replies())
+            logger.debug("%s left before joining: %s", client.peer_label, reason or code)
+        self.limiter.mark_departing(client)
+        if code and client.protocol.is_open:
+            self.send(client, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
+        client.protocol.finish(code)
+        self.send_raw(client, client.protocol.take_replies())
 
     # Names
-    def _available_name(self, person: Person, text: str) -> str:
-        """`text` as a name that this person may take, or already has; raises Refused."""
+    def _available_name(self, client: Client, text: str) -> str:
+        """`text` as a name that this client may take, or already has; raises Refused."""
         name = parse_name(text)
-        if self.people.get(name_key(name), person) is not person:
+        if self.people.get(name_key(name), client) is not client:
             raise Refused(f"The name {name} is taken.", "name_taken")
         return name
 
-    def _release_name(self, person: Person) -> None:
+    def _release_name(self, client: Client) -> None:
         """Free a name; operators can still find its last owner."""
-        key = name_key(person.name)
+        key = name_key(client.name)
         del self.people[key]
-        self._former_names.append((self.clock.now, key, person))
+        self._former_names.append((self.clock.now, key, client))
 
-    def _find(self, name: str, former: bool = False) -> Person:
+    def _find(self, name: str, former: bool = False) -> Client:
         """Who has this name, or (`former`) had it last, here or gone; raises Refused."""
         key, oldest = name_key(name), self.clock.now - FORMER_NAME_SECONDS
         if key in self.people:
             return self.people[key]
         if former:
-            for given_up_at, old_key, person in reversed(self._former_names):
+            for given_up_at, old_key, client in reversed(self._former_names):
                 if old_key == key and given_up_at > oldest:
-                    return person
+                    return client
         raise Refused(f"Nobody here is called {name}.")
 
     def _host_of(self, target: str) -> Host:
@@ -1150,112 +1148,112 @@ class Chat:
             return self._find(target, former=True).host
 
     # Commands
-    def _run_command(self, person: Person, line: str) -> None:
+    def _run_command(self, client: Client, line: str) -> None:
         words = line.split(None, 1)
         name, rest = words[0].lower(), "".join(words[1:])
         entry = COMMANDS.get(name)
-        if not entry or (entry.operators_only and not person.is_operator):
+        if not entry or (entry.operators_only and not client.is_operator):
             raise Refused(f"Unknown command {name}; try /help.", "unknown_command")
         _, *parameters = entry.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
             raise Refused(f"Usage: {entry.usage}", "usage")
-        entry.handler(self, person, *arguments)
+        entry.handler(self, client, *arguments)
 
     @command("/help", "show this list")
-    def _help(self, person: Person) -> None:
+    def _help(self, client: Client) -> None:
         commands = dict.fromkeys(COMMANDS.values())  # aliases left out
-        may_run = [each for each in commands if person.is_operator or not each.operators_only]
+        may_run = [each for each in commands if client.is_operator or not each.operators_only]
         rows = [[each.usage, each.summary] for each in may_run if each.summary]
         rows.append(["//TEXT", "say a line that starts with a slash"])  # see _handle_line
-        self.send(person, "help", commands=rows)
+        self.send(client, "help", commands=rows)
 
     @command("/who", "show who is here", "/names", "/list")
-    def _who(self, person: Person) -> None:
+    def _who(self, client: Client) -> None:
         rows: list[Event] = []
         for _, other in sorted(self.people.items()):
-            address = {"address": other.host.address} if person.is_operator else {}
+            address = {"address": other.host.address} if client.is_operator else {}
             rows.append({"name": other.name, "operator": other.is_operator, **address})
-        data = person.protocol.encode({"type": "people", "people": rows})
-        self.limiter.charge(person, len(data) / WHO_BYTES_PER_TOKEN)
-        self.send_raw(person, data)
+        data = client.protocol.encode({"type": "people", "people": rows})
+        self.limiter.charge(client, len(data) / WHO_BYTES_PER_TOKEN)
+        self.send_raw(client, data)
 
     @command("/me ACTION", "say what you do: /me waves")
-    def _me(self, person: Person, text: str) -> None:
-        self.publish("did", person, text=text)
+    def _me(self, client: Client, text: str) -> None:
+        self.publish("did", client, text=text)
 
     @command("/msg NAME TEXT", "say something to one person alone")
-    def _msg(self, person: Person, name: str, text: str) -> None:
+    def _msg(self, client: Client, name: str, text: str) -> None:
         other = self._find(name)
-        fields = {"at": self.clock.wall_time, "from": person.name, "to": other.name, "text": text}
-        if other is not person and other not in self._ignorers.get(person, ()):
+        fields = {"at": self.clock.wall_time, "from": client.name, "to": other.name, "text": text}
+        if other is not client and other not in self._ignorers.get(client, ()):
             if other.outbox.private_bytes > WHISPER_PENDING_LIMIT:
                 raise Refused(f"{other.name} has too much to read; your line was not sent.")
             self.send(other, "whisper", **fields)
-        self.send(person, "whisper", **fields)
+        self.send(client, "whisper", **fields)
 
     @command("/nick NAME", "change your name")
-    def _nick(self, person: Person, text: str) -> None:
-        name = self._available_name(person, text)
-        if name == person.name:
+    def _nick(self, client: Client, text: str) -> None:
+        name = self._available_name(client, text)
+        if name == client.name:
             raise Refused(f"You are {name} already.")
-        self.limiter.charge(person, RENAME_TOKENS - LINE_TOKENS)
-        logger.info("%s is now %s (%s)", person.name, name, person.peer_label)
-        self.publish("renamed", person, to=name)  # with the old name
-        self._release_name(person)
-        person.name = name
-        self.people[name_key(name)] = person
+        self.limiter.charge(client, RENAME_TOKENS - LINE_TOKENS)
+        logger.info("%s is now %s (%s)", client.name, name, client.peer_label)
+        self.publish("renamed", client, to=name)  # with the old name
+        self._release_name(client)
+        client.name = name
+        self.people[name_key(name)] = client
 
     @command("/ignore NAME", "hide what somebody says, or show it again")
-    def _ignore(self, person: Person, name: str) -> None:
+    def _ignore(self, client: Client, name: str) -> None:
         other = self._find(name)
-        if other is person:
+        if other is client:
             raise Refused("You can't ignore yourself.")
         ignorers = self._ignorers[other]
-        if person in ignorers:
-            ignorers.remove(person)
+        if client in ignorers:
+            ignorers.remove(client)
             text = f"You hear {other.name} again."
         else:
-            ignorers.add(person)
+            ignorers.add(client)
             text = f"You no longer hear {other.name}."
-        self.send(person, "notice", text=text)
+        self.send(client, "notice", text=text)
 
     @command("/quit", "leave the chat", "/exit", "/bye", "/q")
-    def _quit(self, person: Person) -> None:
-        self.disconnect(person, reason="quit")
+    def _quit(self, client: Client) -> None:
+        self.disconnect(client, reason="quit")
 
     @command("/op PASSWORD", "")
-    def _op(self, person: Person, password: str) -> None:
+    def _op(self, client: Client, password: str) -> None:
         if not self.settings.password:
             raise Refused("This server has no operators.")
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
-            person.is_operator = True
-            logger.info("%s is an operator (%s)", person.name, person.peer_label)
-            self.send(person, "notice", text="You are an operator now; /help shows what that is.")
+            client.is_operator = True
+            logger.info("%s is an operator (%s)", client.name, client.peer_label)
+            self.send(client, "notice", text="You are an operator now; /help shows what that is.")
             return
-        logger.info("%s gave a wrong password (%s)", person.name, person.peer_label)
-        self.limiter.charge(person, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
-        person.quota.wrong_passwords += 1
-        if person.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
-            source = self.limiter.source_of(person.host)
+        logger.info("%s gave a wrong password (%s)", client.name, client.peer_label)
+        self.limiter.charge(client, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
+        client.quota.wrong_passwords += 1
+        if client.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
+            source = self.limiter.source_of(client.host)
             logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
         raise Refused("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators_only=True)
-    def _kick(self, person: Person, name: str, why: str = "no reason given") -> None:
+    def _kick(self, client: Client, name: str, why: str = "no reason given") -> None:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise Refused(f"{name} has left already.")
-        logger.info("%s kicked %s (%s)", person.name, other.name, person.peer_label)
-        self.disconnect(other, "kicked", by=person.name, text=why)
+        logger.info("%s kicked %s (%s)", client.name, other.name, client.peer_label)
+        self.disconnect(other, "kicked", by=client.name, text=why)
 
     @command("/ban NAME [MINUTES]", "remove somebody and ban their address", operators_only=True)
-    def _ban(self, person: Person, target: str, duration: str = str(DEFAULT_BAN_MINUTES)) -> None:
+    def _ban(self, client: Client, target: str, duration: str = str(DEFAULT_BAN_MINUTES)) -> None:
         source = self.limiter.source_of(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= BAN_MINUTES_LIMIT:
             raise Refused(f"A ban lasts from 1 to {BAN_MINUTES_LIMIT} minutes.", "usage")
-        if source == LOCALHOST or source in person.host.sources:
+        if source == LOCALHOST or source in client.host.sources:
             raise Refused("Neither localhost nor your own address can be banned; use /kick.")
         if source not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise Refused(f"There are {BANS_LIMIT} bans already; /unban ends one.")
@@ -1263,29 +1261,29 @@ class Chat:
         self.limiter.ban(source, minutes)
         minutes = self.limiter.banned_minutes(source)
         with suppress(Refused):  # nobody to kick: it is an address, or they have left
-            self._kick(person, target, f"banned for {minutes} min")
-        logger.info("%s banned %s for %d min", person.name, source, minutes)
+            self._kick(client, target, f"banned for {minutes} min")
+        logger.info("%s banned %s for %d min", client.name, source, minutes)
         here = sum(source in other.host.sources for other in self.people.values())
         text = f"{source} is banned for {minutes} min; still here from there: {here}."
-        self.send(person, "notice", text=text)
+        self.send(client, "notice", text=text)
 
     @command("/bans", "show the banned addresses", operators_only=True)
-    def _bans(self, person: Person) -> None:
+    def _bans(self, client: Client) -> None:
         if not self.limiter.bans:
-            self.send(person, "notice", text="No address is banned.")
+            self.send(client, "notice", text="No address is banned.")
         for source in self.limiter.bans:
             minutes = self.limiter.banned_minutes(source)
-            self.send(person, "notice", text=f"{source} is banned for another {minutes} min.")
+            self.send(client, "notice", text=f"{source} is banned for another {minutes} min.")
 
     @command("/unban ADDRESS", "end a ban", operators_only=True)
-    def _unban(self, person: Person, target: str) -> None:
+    def _unban(self, client: Client, target: str) -> None:
         sources = self._host_of(target).sources
         ended = sorted(source for source in sources if self.limiter.bans.pop(source, None))
         if not ended:
             raise Refused(f"{target} is not banned.")
         for source in ended:
-            logger.info("%s ended the ban of %s", person.name, source)
-            self.send(person, "notice", text=f"{source} is no longer banned.")
+            logger.info("%s ended the ban of %s", client.name, source)
+            self.send(client, "notice", text=f"{source} is no longer banned.")
 
 
 # ---
@@ -1307,7 +1305,7 @@ PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not r
 SILENT_TICKS_LIMIT = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
 ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
 READ_SIZE = 16 << 10  # bytes: one recv
-READ_AHEAD = 64 << 10  # bytes read from a person whose input waits
+READ_AHEAD = 64 << 10  # bytes read from a client whose input waits
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 SOCKET_OPTIONS = [
     (socket.SOL_SOCKET if name[:3] == "SO_" else socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -1352,9 +1350,9 @@ class Reactor:
         self.clock = Clock(read_clock)
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
-        self.connections: dict[Person, None] = {}  # all, in order of arrival
-        self.with_input: dict[Person, None] = {}  # that is unprocessed
-        self.blocked: dict[Person, None] = {}  # those whose socket is full
+        self.connections: dict[Client, None] = {}  # all, in order of arrival
+        self.with_input: dict[Client, None] = {}  # that is unprocessed
+        self.blocked: dict[Client, None] = {}  # those whose socket is full
         self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
         self.paused = False  # somebody is lagging: no input is processed
         self.tick_at = self.clock.now
@@ -1372,8 +1370,8 @@ class Reactor:
                     break
                 ok = False
                 self.stop()
-        for person in list(self.connections):
-            self._close(person)
+        for client in list(self.connections):
+            self._close(client)
         return ok
 
     def stop(self) -> None:
@@ -1387,9 +1385,9 @@ class Reactor:
             self.listeners.clear()
             for log in self.chat.logs.values():
                 log.readers.clear()  # nobody reads that the others left
-            for person in list(self.connections):
-                if person.state is not CLOSING:
-                    self._guard(self.chat.disconnect, person, "shutdown")
+            for client in list(self.connections):
+                if client.state is not CLOSING:
+                    self._guard(self.chat.disconnect, client, "shutdown")
 
     # The event loop
     def run_once(self) -> None:
@@ -1397,7 +1395,7 @@ class Reactor:
         selected = self.selector.select(self._timeout())
         self.clock.advance()
         for key, mask in selected:
-            if isinstance(key.data, Person):
+            if isinstance(key.data, Client):
                 self._on_io(key.data, mask)
             else:
                 key.data()  # a function: `_accept`, or on_wakeup
@@ -1406,14 +1404,14 @@ class Reactor:
             self._broadcast(log)
         self.chat.new_bytes = 0
         to_reconcile, self.chat.to_reconcile = self.chat.to_reconcile, {}
-        for person in to_reconcile:
-            self._guard(self._reconcile, person)
+        for client in to_reconcile:
+            self._guard(self._reconcile, client)
         if self.clock.now >= self.tick_at:
             self._tick()
         self._apply_backpressure()
         # By now each reader has been sent all up to `broadcast_end`, or is blocked.
         for log in self.chat.logs.values():
-            cursors = [person.outbox.cursor for person in self.blocked if person.outbox.log is log]
+            cursors = [client.outbox.cursor for client in self.blocked if client.outbox.log is log]
             log.trim(min([log.broadcast_end, *cursors]))
 
     def _timeout(self) -> float:
@@ -1426,24 +1424,24 @@ class Reactor:
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
         return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
 
-    def _on_io(self, person: Person, mask: int) -> None:
+    def _on_io(self, client: Client, mask: int) -> None:
         """Read, or try to send again."""
-        self.chat.to_reconcile[person] = None
+        self.chat.to_reconcile[client] = None
         if mask & WRITE:
-            self.blocked.pop(person, None)
+            self.blocked.pop(client, None)
         if mask & READ:
-            self._guard(self._read, person)
+            self._guard(self._read, client)
 
     def _process_all_input(self) -> None:
         """Process input in the order of `virtual_time`."""
         until = self.clock.read() + PROCESS_SECONDS
-        for person in sorted(self.with_input, key=lambda person: person.virtual_time):
+        for client in sorted(self.with_input, key=lambda client: client.virtual_time):
             if self.clock.read() > until:
                 return
-            if self._ready_at(person) <= self.clock.now:
-                self._guard(self._process_input, person)
-            if person.unscanned and self._ready_at(person) > self.clock.now:
-                self._guard(self._scan_for_interrupt, person)
+            if self._ready_at(client) <= self.clock.now:
+                self._guard(self._process_input, client)
+            if client.unscanned and self._ready_at(client) > self.clock.now:
+                self._guard(self._scan_for_interrupt, client)
 
     def _broadcast(self, log: Log) -> None:
         """Send the readers of a log everything new, in one system call each."""
@@ -1452,43 +1450,43 @@ class Reactor:
         if not size:
             return
         with memoryview(log.data)[start - log.start :] as news:
-            for person in log.readers:
-                outbox = person.outbox
+            for client in log.readers:
+                outbox = client.outbox
                 # Fast path: no Python call but send().
                 if outbox.cursor == start and not outbox.splices:
                     try:
-                        sent = person.sock.send(news)
+                        sent = client.sock.send(news)
                     except OSError:
                         sent = 0  # `_reconcile` tries again
                     if sent == size:
                         outbox.cursor = end
                         continue
                     outbox.cursor += sent
-                to_reconcile[person] = None
+                to_reconcile[client] = None
         log.broadcast_end = end
 
     def _apply_backpressure(self) -> None:
         """Pause the room while anybody lags; drop them when the stall budget is spent."""
         change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_BUDGET_SECONDS)
-        for person in self._lagging():
+        for client in self._lagging():
             # Try to send: the selector reports space only when a lot is free.
-            del self.blocked[person]
-            self._guard(self._reconcile, person)
+            del self.blocked[client]
+            self._guard(self._reconcile, client)
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
-            for person in self._lagging():
-                self._guard(self._abort, person, "too far behind")
+            for client in self._lagging():
+                self._guard(self._abort, client, "too far behind")
         self.paused = bool(self._lagging())
 
-    def _lagging(self) -> list[Person]:
-        return [person for person in self.blocked if person.outbox.lag > LAG_LIMIT]
+    def _lagging(self) -> list[Client]:
+        return [client for client in self.blocked if client.outbox.lag > LAG_LIMIT]
 
     def _tick(self) -> None:
         self.tick_at = self.clock.now + TICK_SECONDS
         self._register_listeners()
         self.limiter.tick()
-        for person in list(self.connections):
-            self._guard(self._check_deadline, person)
+        for client in list(self.connections):
+            self._guard(self._check_deadline, client)
 
     def _register_listeners(self) -> None:
         """Listen: at first, and again after an error."""
@@ -1499,20 +1497,20 @@ class Reactor:
                     accept = functools.partial(self._accept, listener)
                     self.selector.register(listener, READ, accept)
 
-    def _check_deadline(self, person: Person) -> None:
+    def _check_deadline(self, client: Client) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
-        ping = person.protocol.PING_DATA if person.protocol.is_open else b""
-        if self.clock.now >= person.deadline:
-            if person.state is CLOSING or person.lost_reason:
-                self._abort(person, "lost for too long")  # a CLOSING one needs no reason
+        ping = client.protocol.PING_DATA if client.protocol.is_open else b""
+        if self.clock.now >= client.deadline:
+            if client.state is CLOSING or client.lost_reason:
+                self._abort(client, "lost for too long")  # a CLOSING one needs no reason
             else:
-                self.chat.disconnect(person, "timeout")
-        elif ping and not person.outbox.has_pending and person not in self.with_input:
-            person.silent_ticks += 1
-            if person.silent_ticks >= SILENT_TICKS_LIMIT:
-                self._lose(person, "it answers no ping")
-            elif person.silent_ticks % PING_TICKS == 0:
-                self.chat.send_raw(person, ping)
+                self.chat.disconnect(client, "timeout")
+        elif ping and not client.outbox.has_pending and client not in self.with_input:
+            client.silent_ticks += 1
+            if client.silent_ticks >= SILENT_TICKS_LIMIT:
+                self._lose(client, "it answers no ping")
+            elif client.silent_ticks % PING_TICKS == 0:
+                self.chat.send_raw(client, ping)
 
     # Callers
     def _accept(self, listener: socket.socket) -> None:
@@ -1534,184 +1532,184 @@ class Reactor:
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the caller is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
-            person = Person(peer_label, log, self.clock.now)
-            person.sock = sock
-            self.limiter.add(person, address)
-            self.connections[person] = None
-            self._guard(self._set_up, person)
+            client = Client(peer_label, log, self.clock.now)
+            client.sock = sock
+            self.limiter.add(client, address)
+            self.connections[client] = None
+            self._guard(self._set_up, client)
 
-    def _set_up(self, person: Person) -> None:
-        sock, protocol = person.sock, person.protocol
+    def _set_up(self, client: Client) -> None:
+        sock, protocol = client.sock, client.protocol
         sock.setblocking(False)
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        is_local = person.host.address == LOCALHOST
+        is_local = client.host.address == LOCALHOST
         protocol.trusts_forwarded_for = is_local and self.limiter.settings.behind_proxy
         if protocol.is_open:
-            self.chat.greet(person)
-        self._reconcile(person)
-        self._evict_for(person)
+            self.chat.greet(client)
+        self._reconcile(client)
+        self._evict_for(client)
 
-    def _evict_for(self, person: Person) -> None:
+    def _evict_for(self, client: Client) -> None:
         """Close departing connections, while too many share a quota with this one."""
-        while other := self.limiter.pick_to_evict(person):
+        while other := self.limiter.pick_to_evict(client):
             if other.is_done:
                 self._close(other)
             else:
                 self._guard(self._abort, other, "too many connections")
 
     # One connection
-    def _guard(self, step: Callable[..., None], person: Person, *arguments: Any) -> None:
+    def _guard(self, step: Callable[..., None], client: Client, *arguments: Any) -> None:
         """Take a step with one connection; if it fails, drop that one alone."""
-        if person not in self.connections:
+        if client not in self.connections:
             return
         try:
-            step(person, *arguments)
+            step(client, *arguments)
             return
         except OSError as error:
             reason = error.strerror or "lost"
         except Exception:
-            logger.exception("an internal error, with %s", person.peer_label)
+            logger.exception("an internal error, with %s", client.peer_label)
             reason = "an internal error"
         # Not in `except`: its traceback keeps a view of the log.  If this fails, too, the next try
         # finds the state CLOSING, and the one after it no connection.
-        self._guard(self._abort, person, reason)
+        self._guard(self._abort, client, reason)
 
-    def _ready_at(self, person: Person) -> float:
-        """When this person's input may be processed; NEVER if something must change first."""
-        over_private_limit = person.outbox.private_bytes > PRIVATE_PENDING_LIMIT
+    def _ready_at(self, client: Client) -> float:
+        """When this client's input may be processed; NEVER if something must change first."""
+        over_private_limit = client.outbox.private_bytes > PRIVATE_PENDING_LIMIT
         if self.paused or over_private_limit or self.chat.new_bytes > LAG_LIMIT:
             return NEVER
-        return max(person.bucket.ready_at, person.quota.bucket.ready_at)
+        return max(client.bucket.ready_at, client.quota.bucket.ready_at)
 
-    def _read(self, person: Person) -> None:
+    def _read(self, client: Client) -> None:
         """Read ahead; `_reconcile` watches for READ only while there is space."""
         try:
-            data = person.sock.recv(min(READ_SIZE, READ_AHEAD - len(person.read_buffer)))
+            data = client.sock.recv(min(READ_SIZE, READ_AHEAD - len(client.read_buffer)))
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(person, error.strerror)  # what they sent before is still said
+            self._lose(client, error.strerror)  # what they sent before is still said
             data = b""
-        person.silent_ticks = 0
-        person.eof = not data
-        if person.state is not CLOSING:
-            person.read_buffer += data
-            person.unscanned = True
-            self.with_input[person] = None
+        client.silent_ticks = 0
+        client.eof = not data
+        if client.state is not CLOSING:
+            client.read_buffer += data
+            client.unscanned = True
+            self.with_input[client] = None
 
-    def _process_input(self, person: Person) -> None:
+    def _process_input(self, client: Client) -> None:
         """Handle what was received; then feed the protocol once, and handle what comes of it."""
-        self.chat.to_reconcile[person] = None
+        self.chat.to_reconcile[client] = None
         # Move to the end: equal ones take turns, as sorted() is stable.
-        self.with_input[person] = self.with_input.pop(person)
+        self.with_input[client] = self.with_input.pop(client)
         # A token's worth: then it may be somebody else's turn.
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        drained = self._handle_received(person)
-        if drained and (person.read_buffer or person.eof):
-            data, person.read_buffer = person.read_buffer[:size], person.read_buffer[size:]
-            self.limiter.charge(person, len(data) / BYTES_PER_TOKEN)
-            person.protocol.feed(data)  # b"" is the end of the stream
-            drained = self._handle_received(person)
-        if drained and not person.read_buffer and not person.eof:
-            del self.with_input[person]
+        drained = self._handle_received(client)
+        if drained and (client.read_buffer or client.eof):
+            data, client.read_buffer = client.read_buffer[:size], client.read_buffer[size:]
+            self.limiter.charge(client, len(data) / BYTES_PER_TOKEN)
+            client.protocol.feed(data)  # b"" is the end of the stream
+            drained = self._handle_received(client)
+        if drained and not client.read_buffer and not client.eof:
+            del self.with_input[client]
 
-    def _handle_received(self, person: Person) -> bool:
-        """Handle what was received; False if the person has to wait first, or has left."""
-        while person.state is not CLOSING and self._ready_at(person) <= self.clock.now:
-            received = person.protocol.next()
-            if person.protocol.replies:
-                self.chat.send_raw(person, person.protocol.take_replies())
+    def _handle_received(self, client: Client) -> bool:
+        """Handle what was received; False if the client has to wait first, or has left."""
+        while client.state is not CLOSING and self._ready_at(client) <= self.clock.now:
+            received = client.protocol.next()
+            if client.protocol.replies:
+                self.chat.send_raw(client, client.protocol.take_replies())
             if received is None:
                 return True
-            self.chat.handle(person, received)
+            self.chat.handle(client, received)
             if received is OPENED:  # `greet` may have counted them under another address
-                self._reconcile(person)  # send the answer before they may be evicted
-                self._evict_for(person)
+                self._reconcile(client)  # send the answer before they may be evicted
+                self._evict_for(client)
         return False
 
-    def _scan_for_interrupt(self, person: Person) -> None:
+    def _scan_for_interrupt(self, client: Client) -> None:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
-        person.unscanned = False
-        if person.state is not CLOSING and person.protocol.scan_for_interrupt(person.read_buffer):
-            self.chat.send_raw(person, person.protocol.take_replies())
-            self.chat.handle(person, DISCONNECT)
+        client.unscanned = False
+        if client.state is not CLOSING and client.protocol.scan_for_interrupt(client.read_buffer):
+            self.chat.send_raw(client, client.protocol.take_replies())
+            self.chat.handle(client, DISCONNECT)
 
-    def _reconcile(self, person: Person) -> None:
+    def _reconcile(self, client: Client) -> None:
         """Do all that follows from a connection's state; may be called at any time."""
-        outbox = person.outbox
-        if outbox.has_pending and person not in self.blocked:
-            self._flush(person)
+        outbox = client.outbox
+        if outbox.has_pending and client not in self.blocked:
+            self._flush(client)
         if outbox.has_pending:
-            self.blocked[person] = None
+            self.blocked[client] = None
         else:
-            self.blocked.pop(person, None)
-        if person.state is CLOSING:  # reads go on, up to EOF
-            person.read_buffer = b""
-            self.with_input.pop(person, None)
-        if person.is_done:
-            if person.eof:
-                self._close(person)
+            self.blocked.pop(client, None)
+        if client.state is CLOSING:  # reads go on, up to EOF
+            client.read_buffer = b""
+            self.with_input.pop(client, None)
+        if client.is_done:
+            if client.eof:
+                self._close(client)
                 return
             # No close yet: with input unread, it resets the connection (RFC 1122, 4.2.2.13).
             with suppress(OSError):  # the peer is gone already
-                person.sock.shutdown(socket.SHUT_WR)
-        mask = WRITE if person in self.blocked else 0
-        if not person.eof and len(person.read_buffer) < READ_AHEAD:
+                client.sock.shutdown(socket.SHUT_WR)
+        mask = WRITE if client in self.blocked else 0
+        if not client.eof and len(client.read_buffer) < READ_AHEAD:
             mask |= READ
-        self._watch(person, mask)
+        self._watch(client, mask)
 
-    def _flush(self, person: Person) -> None:
-        with person.outbox.pending() as pending:
+    def _flush(self, client: Client) -> None:
+        with client.outbox.pending() as pending:
             try:
                 # `advance` drops empty splices.
-                person.outbox.advance(person.sock.send(pending) if pending else 0)
+                client.outbox.advance(client.sock.send(pending) if pending else 0)
             except BlockingIOError:
                 pass  # the socket's buffer is full
             except OSError as error:
-                self._lose(person, error.strerror)
+                self._lose(client, error.strerror)
 
-    def _lose(self, person: Person, reason: str | None) -> None:
+    def _lose(self, client: Client, reason: str | None) -> None:
         """Send nothing more: the peer has missed something.
 
         What was read is still processed.  After the shutdown, recv() returns EOF.
         """
-        if not person.lost_reason:
-            person.lost_reason, person.lost_at = reason or "lost", self.clock.now
-            person.outbox.discard()
-            self.limiter.mark_departing(person)
+        if not client.lost_reason:
+            client.lost_reason, client.lost_at = reason or "lost", self.clock.now
+            client.outbox.discard()
+            self.limiter.mark_departing(client)
             with suppress(OSError):  # the peer is gone already
-                person.sock.shutdown(socket.SHUT_RDWR)
+                client.sock.shutdown(socket.SHUT_RDWR)
 
-    def _watch(self, person: Person, mask: int) -> None:
-        if mask != person.mask:
-            if person.mask:
-                self.selector.unregister(person.sock)
-            person.mask = mask
+    def _watch(self, client: Client, mask: int) -> None:
+        if mask != client.mask:
+            if client.mask:
+                self.selector.unregister(client.sock)
+            client.mask = mask
             if mask:
-                self.selector.register(person.sock, mask, person)
+                self.selector.register(client.sock, mask, client)
 
-    def _abort(self, person: Person, reason: str) -> None:
+    def _abort(self, client: Client, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
-        if person.state is not CLOSING:
-            self.chat.disconnect(person, reason=reason)
+        if client.state is not CLOSING:
+            self.chat.disconnect(client, reason=reason)
         # After a plain close the kernel keeps a full send buffer for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
-            person.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._close(person)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._close(client)
 
-    def _close(self, person: Person) -> None:
+    def _close(self, client: Client) -> None:
         for collection in (self.connections, self.with_input, self.blocked):
-            collection.pop(person, None)
+            collection.pop(client, None)
         with suppress(OSError, KeyError):  # it failed, or is not registered
-            self.selector.unregister(person.sock)
+            self.selector.unregister(client.sock)
         with suppress(OSError):  # nothing else to do
-            person.sock.close()
-        self.limiter.remove(person)
-        person.read_buffer = b""  # free the memory: Chat._former_names may keep this object
-        person.protocol = type(person.protocol)()
-        person.outbox.discard()
+            client.sock.close()
+        self.limiter.remove(client)
+        client.read_buffer = b""  # free the memory: Chat._former_names may keep this object
+        client.protocol = type(client.protocol)()
+        client.outbox.discard()
 
 
 # ---
@@ -1953,7 +1951,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help_text = text if value is None else f"{text} (default: %(default)s)"
         add(flag, metavar="N", type=number, default=value, help=help_text)
     text = "what callers are shown first (default: %(default)s)"
-    add("--welcome", metavar="TEXT", dest="greeting", default=default.greeting, help=text)
+    add("--greeting", "--welcome", metavar="TEXT", default=default.greeting, help=text)
     add("--password-file", metavar="FILE", help="the operators' password is its first line")
     text = "trust X-Forwarded-For of browsers that call from localhost"
     add("--behind-proxy", action="store_true", help=text)

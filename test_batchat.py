@@ -184,7 +184,7 @@ def events_in(data: bytes) -> list[dict]:
     return [json.loads(payload) for kind, payload in frames_of(data) if kind == 0x81]
 
 
-class Guest(batchat.Person):
+class Guest(batchat.Client):
     """Somebody in a chat without sockets."""
 
     def __init__(self, chat: Chat, host="127.0.0.1", protocol=Telnet):
@@ -637,7 +637,7 @@ class OurError(Exception):
 class Peer:
     """A simulated client, the network up to it, and what the model knows about it."""
 
-    connection: batchat.Person  # since it was accepted
+    connection: batchat.Client  # since it was accepted
 
     def __init__(self, world: World, protocol: type[Protocol], host: str, low_water: int):
         self.world, self.protocol, self.host = world, protocol, host
@@ -1135,7 +1135,7 @@ class World:
             share *= batchat.LOCALHOST_RATE_FACTOR if who == batchat.LOCALHOST else 1
             assert tokens <= rate * share * (self.now - START + batchat.BURST_SECONDS) + 1
 
-    def check_connection(self, peer: Peer, connection: batchat.Person):
+    def check_connection(self, peer: Peer, connection: batchat.Client):
         assert not peer.sock.failed, "a call failed, and nothing came of it"
         assert not connection.lost_reason or connection.outbox.is_discarding
         log, reactor = connection.outbox.log, self.reactor
@@ -1681,8 +1681,9 @@ def test_name_key_is_one_for_all_spellings(name):
 # ------------
 # Options
 
-def test_welcome_replaces_ours_and_is_cleaned():
-    with Server("--welcome", "Hello\x1b[2J at\tmine") as server:
+@cases("option", "--greeting", "--welcome")
+def test_greeting_replaces_ours_and_is_cleaned(option):
+    with Server(option, "Hello\x1b[2J at\tmine") as server:
         server.call().expect(GREETING.replace(Settings().greeting, "Hello at mine"))
 
 
@@ -1820,14 +1821,13 @@ UNIT = re.search(r"```ini\n(.*?)```", README, re.DOTALL)[1]
 def test_readme_and_help_name_every_option():
     assert vars(batchat.parse_options([])) == DEFAULTS
     options = {f"--{name.replace('_', '-')}": default for name, default in DEFAULTS.items()}
-    options["--welcome"] = options.pop("--greeting")
     options.update({"--web-port": 1338, "--version": None, "--help": None})
     named = {name for name in NAMED if name[0] == "-"}
     assert {*options} - {"--verbose"} <= named <= {*options, "-v", "-h"}
     usage = " ".join(run(*command_line("--help")).stdout.partition("browsers.\n")[2].split())
     for option, default in options.items():
         value = re.escape(str(default))
-        told = rf" [A-Z]+ [^()]*\(default: {value}[,)]" if isinstance(default, (str, int)) else ""
+        told = rf"[^()]*\(default: {value}[,)]" if isinstance(default, (str, int)) else ""
         assert re.search(rf"{option}\b{told if default is not False else ''}", usage)
         rows = [text for codes, text in ROWS if re.search(rf"{option}\b", " ".join(codes))]
         assert not default or re.search(rf"(?<!\w){value}(?!\w)", " ".join(rows))
@@ -2196,7 +2196,7 @@ def test_ban_in_our_own_network(kept, ann):
     """
     ann.types("/ban 2001:db8::5")
     ann.expect("* 2001:db8::/64 is banned for 60 min; still here from there: 0.\n")
-    here, gone, behind_proxy = [batchat.Person("", kept.chat.logs[Telnet], 0.0) for _ in "123"]
+    here, gone, behind_proxy = [batchat.Client("", kept.chat.logs[Telnet], 0.0) for _ in "123"]
     kept.limiter.own_networks.add("2001:db8::/64")
     kept.limiter.add(gone, "2001:db8::5")
     kept.limiter.add(here, "2001:db8::6")
@@ -3272,7 +3272,7 @@ STARTS = {"head": b"", "telnet": b"mike\n", "frames": OPENING + masked(1, b"mike
 def seconds_of(kind: str, data: bytes) -> float:
     """How long the program works on what somebody sends."""
     room = Room(rate=0)
-    guest = batchat.Person("", room.chat.logs[Telnet if kind == "telnet" else Web], 0.0)
+    guest = batchat.Client("", room.chat.logs[Telnet if kind == "telnet" else Web], 0.0)
     room.limiter.add(guest, "127.0.0.1")
     if kind == "telnet":
         room.chat.greet(guest)
