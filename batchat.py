@@ -136,10 +136,10 @@ LINE_LIMIT = 4096  # bytes, without the line end
 WHISPER_PENDING_LIMIT, PRIVATE_PENDING_LIMIT = 64 << 10, 128 << 10
 
 # Tokens: an allowance of --rate a second.
-LINE_TOKENS = 1  # of every line or control; it is part of those below
-JOIN_TOKENS = 5  # everyone reads that somebody joined, and later quit
-RENAME_TOKENS = 25  # everyone has to learn the new name
-WRONG_PASSWORD_TOKENS = 50
+LINE_TOKENS = 1  # of every line or control; those below are added to it
+JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
+RENAME_TOKENS = 24  # everyone has to learn the new name
+WRONG_PASSWORD_TOKENS = 49
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 
@@ -596,7 +596,7 @@ class Quota:
         self.spare_places = spare_places
         self.bucket = TokenBucket(rate)
         self.connection_count = 0
-        self.departing: dict[Client, None] = {}  # counted, but they take no place
+        self.departing: dict[Client, None] = {}
         self.wrong_passwords = 0
 
     @property
@@ -637,13 +637,13 @@ class State(Enum):
     (*) if they were CHATTING
 
     Only Chat.greet, Chat._join and Chat.disconnect change the state, and Reactor._close closes.
-    Besides, in any state a client may be
-      lost       (Reactor._lose) nothing can be sent; what they sent is processed, even a name
-      at EOF     (Reactor._read) nothing more can be read
-      rejected   (Limiter.add) before they are CHATTING; then disconnected, with the reason
-      departing  CLOSING, lost or rejected: they take no place (Quota.departing)
-      done       CLOSING, and nothing is pending: the peer has to close
-    A client is in Chat.people exactly if it is CHATTING.
+    Chat.people are those who are CHATTING.  Besides, a client may be
+      over limit  from Limiter.add on: to be rejected instead of greeted
+      lost        from Reactor._lose on: nothing can be sent; what was read is processed
+      at EOF      from Reactor._read on: nothing more can be read
+      departing   over limit, lost or CLOSING: it takes no place (Quota.departing)
+      done        CLOSING, and nothing is pending: the peer has to close
+      blocked     while its socket is full
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
@@ -675,12 +675,12 @@ class Client:
     bucket: TokenBucket
 
     def __init__(self, peer_label: str, log: Log, now: float) -> None:
-        self.peer_label = peer_label  # for the server log
+        self.peer_label = peer_label
         self.protocol = log.protocol_class()
         self.outbox = Outbox(log)
         self.state = CONNECTING
         self.state_since = now
-        self.reject_code = ""  # "crowded" or "full", if there was no place for them
+        self.over_limit_code = ""  # "crowded" or "full", if there was no place
         self.lost_reason = ""  # why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
@@ -708,7 +708,6 @@ class Client:
 
     @property
     def is_done(self) -> bool:
-        """Whether they are CLOSING, and nothing is pending."""
         return self.state is CLOSING and not self.outbox.has_pending
 
 
@@ -728,18 +727,18 @@ class Limiter:
 
         One that a proxy has made is added again, with the address that it tells.
         """
-        client.reject_code = ""
+        client.over_limit_code = ""
         client.host = parse_host(address)
         client.quota = self.quota_for(self.source_of(client.host))
         client.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((client.quota, "crowded"), (self.server_quota, "full")):
             quota.connection_count += 1
             if quota.limit and quota.free_places < 0:
-                client.reject_code = code
-        if client.reject_code or client.lost_reason:  # lost: before it was added again
+                client.over_limit_code = code
+        if client.over_limit_code or client.lost_reason:  # lost: before it was added again
             self.mark_departing(client)
         if self.settings.rate:  # anyone who reconnects must not be served first
-            self._raise_virtual_time(client, JOIN_TOKENS - LINE_TOKENS)
+            self._raise_virtual_time(client, JOIN_TOKENS)
 
     def source_of(self, host: Host) -> str:
         """The source that counts: an IPv6 /64, but in our own networks the address."""
@@ -809,7 +808,7 @@ class Limiter:
 # 6. Chat
 
 HISTORY_LINES_LIMIT = 1000
-HISTORY_BYTES_LIMIT = 64 << 10  # of text
+HISTORY_BYTES_LIMIT = 64 << 10
 
 
 class History:
@@ -1064,7 +1063,7 @@ class Chat:
         """Disconnect a caller if they may not join; returns whether it did."""
         minutes = self.limiter.banned_minutes(*client.host.sources)
         is_full = 0 < self.settings.max_people <= len(self.people)
-        code = "banned" if minutes else "full" if is_full else client.reject_code
+        code = "banned" if minutes else "full" if is_full else client.over_limit_code
         if code:
             self.disconnect(client, code, minutes=minutes)
         return bool(code)
@@ -1074,7 +1073,7 @@ class Chat:
         if self._reject_if_needed(client):
             return
         client.name = name = self._available_name(client, text)
-        self.limiter.charge(client, JOIN_TOKENS - LINE_TOKENS)
+        self.limiter.charge(client, JOIN_TOKENS)
         client.enter(CHATTING, self.clock.now)
         self.people[name_key(name)] = client
         self.publish("joined", client)  # before they read the log
@@ -1197,7 +1196,7 @@ class Chat:
         name = self._available_name(client, text)
         if name == client.name:
             raise Refused(f"You are {name} already.")
-        self.limiter.charge(client, RENAME_TOKENS - LINE_TOKENS)
+        self.limiter.charge(client, RENAME_TOKENS)
         logger.info("%s is now %s (%s)", client.name, name, client.peer_label)
         self.publish("renamed", client, to=name)  # with the old name
         self._release_name(client)
@@ -1232,7 +1231,7 @@ class Chat:
             self.send(client, "notice", text="You are an operator now; /help shows what that is.")
             return
         logger.info("%s gave a wrong password (%s)", client.name, client.peer_label)
-        self.limiter.charge(client, WRONG_PASSWORD_TOKENS - LINE_TOKENS)
+        self.limiter.charge(client, WRONG_PASSWORD_TOKENS)
         client.quota.wrong_passwords += 1
         if client.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
             source = self.limiter.source_of(client.host)
@@ -1572,8 +1571,8 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", client.peer_label)
             reason = "an internal error"
-        # Not in `except`: its traceback keeps a view of the log.  If this fails, too, the next try
-        # finds the state CLOSING, and the one after it no connection.
+        # Not in `except`: its traceback keeps a view of the log.  If this fails, the next try finds
+        # the state CLOSING, and the one after it no connection.
         self._guard(self._abort, client, reason)
 
     def _ready_at(self, client: Client) -> float:
@@ -1764,6 +1763,8 @@ def unmask(payload: bytes, masking_key: bytes) -> bytes:
 
 
 class Phase(Enum):
+    """REQUEST is followed by WEBSOCKET, if it asks for one, or ENDED; WEBSOCKET by ENDED."""
+
     REQUEST, WEBSOCKET, ENDED = range(3)
 
 
@@ -2013,7 +2014,7 @@ def announce(address: str | None, ports: list[int]) -> None:
         text += f", or in a browser: http://{site}:{port}/"
     if not address:
         text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
-    # Not print(): at exit, it would try again to write the rest, and fail.
+    # Not print(), which would try again at exit, and fail.
     if not write_nonblocking(sys.stdout, f"{text}\n"):
         logger.info("%s", text)
 
@@ -2088,7 +2089,7 @@ def stop_on_signals(reactor: Reactor) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server; returns the exit status."""
     options = parse_options(arguments)
-    # Arguments that are not UTF-8 arrive with surrogates, which can't be encoded again.
+    # Arguments that are not UTF-8 have surrogates, which can't be encoded.
     options.greeting = clean(options.greeting.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
     max_connections = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
@@ -2172,11 +2173,14 @@ let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 
 // The connection, and our name
-// The states, and what ends them (a lost connection: connecting; one closed for good: left):
-// connecting   a prompt: awaitingName; welcome, for a name that we had: arriving
-// awaitingName    welcome: arriving
-// arriving  the answer to our own /who: chatting
-// left      the user enters a name: connecting
+// State         what happens                      next
+// connecting    a prompt                          awaitingName
+//               welcome, for a name that we had   arriving
+// awaitingName  welcome                           arriving
+// arriving      the answer to our own /who        chatting
+// left          the user enters a name            connecting
+// all others    the connection is lost            connecting
+//               it is closed for good             left
 let state, socket, roomId, maxLine;  // the last two come from the greeting
 let retrySeconds = 1;  // until the next try
 let closingCode;  // the last one

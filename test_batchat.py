@@ -723,14 +723,14 @@ class Peer:
 
     @property
     def departs(self) -> bool:
-        return self.stage == "closing" or self.connection.reject_code != "" or self.sock.error_seen
+        return self.stage == "closing" or self.connection.over_limit_code or self.sock.error_seen
 
     @property
     def may_be_dropped(self) -> dict[str, bool]:
         """Reasons why the server ends a connection by itself, and whether they apply."""
         world, sock = self.world, self.sock
         over = world.now > self.connection.deadline - 1e-6
-        crowd = sum(each.departs for each in world.open)
+        crowd = sum(bool(each.departs) for each in world.open)
         return {
             os.strerror(self.broken): sock.error_seen and self.broken != 0,
             os.strerror(sock.failed): sock.failed > 0,
