@@ -611,7 +611,7 @@ class Quota:
 
 
 class State(Enum):
-    """Where a client stands; what may happen then, and the state that follows:
+    """The state of a client; what ends each, and the state that follows.
 
     CONNECTING
       telnet: nothing more is needed           AWAITING_NAME, with a greeting
