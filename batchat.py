@@ -614,25 +614,25 @@ class State(Enum):
     """The state of a client; what ends each, and the state that follows.
 
     CONNECTING
-      telnet: nothing more is needed           AWAITING_NAME, with a greeting
-      browser: it asks for a WebSocket         AWAITING_NAME, with a greeting
-      browser: something else, or no request   CLOSING
-      rejected: too many people, or a ban      CLOSING
+      telnet: nothing more is needed          AWAITING_NAME, with a greeting
+      browser: it asks for a WebSocket        AWAITING_NAME, with a greeting
+      browser: something else, or no request  CLOSING
+      rejected: too many people, or a ban     CLOSING
     AWAITING_NAME
-      a valid name that is free                CHATTING; the others are told
-      an invalid or taken one                  AWAITING_NAME; the last time CLOSING
-      a line that is too long or looks like    CLOSING
+      a valid name that is free               CHATTING; the others are told
+      an invalid or taken one                 AWAITING_NAME; the last time CLOSING
+      a line that is too long or looks like   CLOSING
       HTTP, no name in time, rejected
     CHATTING
-      kicked                                   CLOSING; the others are told
+      kicked                                  CLOSING; the others are told
     all but CLOSING
-      /quit, DISCONNECT                        CLOSING; the others are told (*)
-      shutdown                                 CLOSING
-      too far behind, an error, lost for too   CLOSING; the others are told (*), and
-      long, evicted (see Limiter)              closed at once
+      /quit, DISCONNECT                       CLOSING; the others are told (*)
+      shutdown                                CLOSING
+      too far behind, an error, lost for too  CLOSING; the others are told (*), and
+      long, evicted (see Limiter)             closed at once
     CLOSING
-      all is sent, and the peer has closed     closed
-      an error, not in time, evicted, or the   closed
+      all is sent, and the peer has closed    closed
+      an error, not in time, evicted, or the  closed
       server ends
     (*) if they were CHATTING
 
@@ -723,7 +723,7 @@ class Limiter:
         self.own_networks: set[str] = set()  # those of our addresses that somebody called
 
     def add(self, client: Client, address: str) -> None:
-        """Count a connection from an address; if there are too many, it is rejected.
+        """Count a connection from an address; set `over_limit_code` if there are too many.
 
         One that a proxy has made is added again, with the address that it tells.
         """
@@ -829,7 +829,7 @@ class History:
         self._encoded.clear()
 
     def encode(self, protocol_class: type[Protocol]) -> bytes:
-        """The last lines, of HISTORY_BYTES_LIMIT together at most."""
+        """The last lines, with HISTORY_BYTES_LIMIT of text at most."""
         if protocol_class not in self._encoded:
             events: deque[Event] = deque()
             size = 0
@@ -1350,7 +1350,7 @@ class Reactor:
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
         self.connections: dict[Client, None] = {}  # all, in order of arrival
-        self.with_input: dict[Client, None] = {}  # that is unprocessed
+        self.with_input: dict[Client, None] = {}  # those with unprocessed input
         self.blocked: dict[Client, None] = {}  # those whose socket is full
         self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
         self.paused = False  # somebody is lagging: no input is processed
@@ -2173,14 +2173,14 @@ let stored = {};  // the name, over a reload
 try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 
 // The connection, and our name
-// State         what happens                      next
-// connecting    a prompt                          awaitingName
-//               welcome, for a name that we had   arriving
-// awaitingName  welcome                           arriving
-// arriving      the answer to our own /who        chatting
-// left          the user enters a name            connecting
-// all others    the connection is lost            connecting
-//               it is closed for good             left
+// State         what happens                     next
+// connecting    a prompt                         awaitingName
+//               welcome, for a name that we had  arriving
+// awaitingName  welcome                          arriving
+// arriving      the answer to our own /who       chatting
+// left          the user enters a name           connecting
+// all others    the connection is lost           connecting
+//               it is closed for good            left
 let state, socket, roomId, maxLine;  // the last two come from the greeting
 let retrySeconds = 1;  // until the next try
 let closingCode;  // the last one
@@ -2397,6 +2397,7 @@ function linkify(text) {  // a link that does not go where it seems to is follow
   });
 }
 const isAtEnd = () => scroller.scrollTop > -1;  // 0 is the end: it is reversed
+function toEnd() { scroller.scrollTop = 0; }
 function updateCounts() {
   if (isAtEnd()) newLinesBelow = 0;
   belowButton.hidden = !newLinesBelow;
@@ -2404,7 +2405,7 @@ function updateCounts() {
   document.title = unread ? `(${mentioned ? "@" : ""}${unread}) BATCHAT` : "BATCHAT";
 }
 scroller.onscroll = updateCounts;
-belowButton.onclick = () => { scroller.scrollTop = 0; input.focus(); };
+belowButton.onclick = () => { toEnd(); input.focus(); };
 document.onvisibilitychange = () => { unread = 0; mentioned = false; updateCounts(); };
 
 // The keyboard
@@ -2424,7 +2425,7 @@ function sendLine(line) {  // returns whether the input may be cleared
     if (!COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name: ownName, text: line });
   }
   historyIndex = inputHistory.length - 1;
-  scroller.scrollTop = 0;
+  toEnd();
   paintSoon();
   return true;
 }

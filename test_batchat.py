@@ -203,8 +203,8 @@ class Guest(batchat.Client):
 
     def read(self) -> str:
         """What was shown since the last look; on the WebSocket, one line for each event."""
-        with self.outbox.pending() as unsent:
-            shown = bytes(unsent)
+        with self.outbox.pending() as pending:
+            shown = bytes(pending)
         self.outbox.advance(len(shown))
         if self.outbox.log.protocol_class is Web:
             return "".join(f"{text.decode()}\n" for kind, text in frames_of(shown) if kind == 0x81)
@@ -723,14 +723,15 @@ class Peer:
 
     @property
     def departs(self) -> bool:
-        return self.stage == "closing" or self.connection.over_limit_code or self.sock.error_seen
+        over_limit = self.connection.over_limit_code != ""
+        return self.stage == "closing" or over_limit or self.sock.error_seen
 
     @property
     def may_be_dropped(self) -> dict[str, bool]:
         """Reasons why the server ends a connection by itself, and whether they apply."""
         world, sock = self.world, self.sock
         over = world.now > self.connection.deadline - 1e-6
-        crowd = sum(bool(each.departs) for each in world.open)
+        crowd = sum(each.departs for each in world.open)
         return {
             os.strerror(self.broken): sock.error_seen and self.broken != 0,
             os.strerror(sock.failed): sock.failed > 0,
@@ -1366,8 +1367,8 @@ def test_outbox_sends_what_a_plain_list_holds(steps):
             outbox.append_private(data)
             expected[n] += b"" if outbox.is_discarding else data
         elif kind == "take":
-            with outbox.pending() as unsent:
-                sent = bytes(unsent)[: data[0] % 10 if data else None]
+            with outbox.pending() as pending:
+                sent = bytes(pending)[: data[0] % 10 if data else None]
             got[n] += sent
             outbox.advance(len(sent))
         elif kind == "join" and outbox.cursor == batchat.UNREACHABLE and not outbox.is_discarding:
@@ -1827,8 +1828,8 @@ def test_readme_and_help_name_every_option():
     usage = " ".join(run(*command_line("--help")).stdout.partition("browsers.\n")[2].split())
     for option, default in options.items():
         value = re.escape(str(default))
-        told = rf"[^()]*\(default: {value}[,)]" if isinstance(default, (str, int)) else ""
-        assert re.search(rf"{option}\b{told if default is not False else ''}", usage)
+        told = rf"(, --\w+)? [A-Z]+,? [^()]*\(default: {value}[,)]"
+        assert re.search(rf"{option}\b{told if type(default) in (str, int) else ''}", usage)
         rows = [text for codes, text in ROWS if re.search(rf"{option}\b", " ".join(codes))]
         assert not default or re.search(rf"(?<!\w){value}(?!\w)", " ".join(rows))
 
@@ -3917,7 +3918,7 @@ def test_page_confirms_the_line_that_came_back(page):
     """A line that the room did not say does not stay pending before one that it said."""
     page.does(MUTE)
     page.enters("one", "two", "three")
-    page.receives(said("waves", "mike", type="did"))
+    page.receives(said("waves", "mike", type="did"), said(name="mike", type="renamed", to="mike"))
     page.gives("[pendingBox.childElementCount, pending.length]", [3, 3])
     page.receives(said("two", "mike"))
     page.gives("pendingBox.childElementCount", 1)
@@ -4411,8 +4412,7 @@ ALL_COLOURS = """
 socket.send = () => {}; sendLine('pending'); newLinesBelow = 2; peopleBox.open = true;
 show({type: 'said', name: 'ann', text: 'mike'}, 'past'); setStatus('a status');
 show({type: 'said', name: 'mike', text: 'lost'}, 'unconfirmed');
-show({type: 'divider', text: 'away'});
-while (queue.length) paint();
+show({type: 'divider', text: 'away'}); while (queue.length) paint();
 for (let hue = 0; hue < 360; hue += 15) for (const className of ['said', 'own', 'mention']) {
   const name = element('bdi', {className: 'name', style: `--hue: ${hue}`}, 'ann');
   linesBox.append(element('p', {className}, name));
