@@ -829,12 +829,12 @@ class History:
         self._encoded.clear()
 
     def encode(self, protocol_class: type[Protocol]) -> bytes:
-        """The last lines, with HISTORY_BYTES_LIMIT of text at most."""
+        """The last lines, of HISTORY_BYTES_LIMIT together at most."""
         if protocol_class not in self._encoded:
             events: deque[Event] = deque()
             size = 0
             for event, _ in reversed(self._lines):
-                size += len(event["text"].encode())
+                size += len(protocol_class.encode(event))
                 if size > HISTORY_BYTES_LIMIT:
                     break
                 events.appendleft(event)
