@@ -972,7 +972,7 @@ class Chat:
 
     def _handle_name(self, client: Client, line: LineOrControl) -> None:
         if isinstance(line, Control) or HTTP_REQUEST.match(line):  # a web request, long or not
-            self.disconnect(client, reason="sent no name")
+            self.disconnect(client, "tries", reason="sent no name")
         elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
             self.disconnect(client, reason="quit")
         else:

@@ -3338,7 +3338,7 @@ def test_web_request_is_no_name(world, line):
     ann, browser = world.joins("ann"), world.calls()
     browser.types(line, "Host: localhost", "", "evil", "hello everyone")
     world.wait()
-    browser.expect(GREETING)
+    browser.expect(GREETING + GOODBYE)
     ann.expect(GREETING + hey("ann"))
     assert browser.sock.shut
 
