@@ -1246,7 +1246,7 @@ class Chat:
         logger.info("%s kicked %s (%s)", client.name, other.name, client.peer_label)
         self.disconnect(other, "kicked", by=client.name, text=why)
 
-    @command("/ban NAME [MINUTES]", "remove somebody and ban their address", operators_only=True)
+    @command("/ban NAME [MINUTES]", "remove somebody and ban their address (or give an address)", operators_only=True)
     def _ban(self, client: Client, target: str, duration: str = str(DEFAULT_BAN_MINUTES)) -> None:
         source = self.limiter.source_of(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
