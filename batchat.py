@@ -1448,7 +1448,7 @@ class Reactor:
         size = end - start
         if not size:
             return
-        with memoryview(log.data)[start - log.start :] as news:
+        with memoryview(log.data) as view, view[start - log.start :] as news:
             for client in log.readers:
                 outbox = client.outbox
                 # Fast path: no Python call but send().
@@ -1599,34 +1599,32 @@ class Reactor:
             self.with_input[client] = None
 
     def _process_input(self, client: Client) -> None:
-        """Handle what was received; then feed the protocol once, and handle what comes of it."""
+        """Handle what was received, until the client has to wait; feed the protocol once."""
         self.chat.to_reconcile[client] = None
         # Move to the end: equal ones take turns, as sorted() is stable.
         self.with_input[client] = self.with_input.pop(client)
         # A token's worth: then it may be somebody else's turn.
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
-        drained = self._handle_received(client)
-        if drained and (client.read_buffer or client.eof):
-            data, client.read_buffer = client.read_buffer[:size], client.read_buffer[size:]
-            self.limiter.charge(client, len(data) / BYTES_PER_TOKEN)
-            client.protocol.feed(data)  # b"" is the end of the stream
-            drained = self._handle_received(client)
-        if drained and not client.read_buffer and not client.eof:
-            del self.with_input[client]
-
-    def _handle_received(self, client: Client) -> bool:
-        """Handle what was received; False if the client has to wait first, or has left."""
+        protocol, was_fed = client.protocol, False
         while client.state is not CLOSING and self._ready_at(client) <= self.clock.now:
-            received = client.protocol.next()
-            if client.protocol.replies:
-                self.chat.send_raw(client, client.protocol.take_replies())
-            if received is None:
-                return True
-            self.chat.handle(client, received)
-            if received is OPENED:  # `greet` may have counted them under another address
-                self._reconcile(client)  # send the answer before they may be evicted
-                self._evict_for(client)
-        return False
+            received = protocol.next()
+            if protocol.replies:
+                self.chat.send_raw(client, protocol.take_replies())
+            if received is not None:
+                self.chat.handle(client, received)
+                if received is OPENED:  # `greet` may have counted them under another address
+                    self._reconcile(client)  # send the answer before they may be evicted
+                    self._evict_for(client)
+            elif not client.read_buffer and not client.eof:
+                del self.with_input[client]
+                return
+            elif was_fed:
+                return
+            else:
+                data, client.read_buffer = client.read_buffer[:size], client.read_buffer[size:]
+                self.limiter.charge(client, len(data) / BYTES_PER_TOKEN)
+                protocol.feed(data)  # b"" is the end of the stream
+                was_fed = True
 
     def _scan_for_interrupt(self, client: Client) -> None:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
@@ -1701,11 +1699,11 @@ class Reactor:
     def _close(self, client: Client) -> None:
         for collection in (self.connections, self.with_input, self.blocked):
             collection.pop(client, None)
+        self.limiter.remove(client)
         with suppress(OSError, KeyError):  # it failed, or is not registered
             self.selector.unregister(client.sock)
         with suppress(OSError):  # nothing else to do
             client.sock.close()
-        self.limiter.remove(client)
         client.read_buffer = b""  # free the memory: Chat._former_names may keep this object
         client.protocol = type(client.protocol)()
         client.outbox.discard()
