@@ -8,10 +8,13 @@
 A chat room is a log, and a reader is a cursor into it.  What happens in the room is an event.
 It is appended once to the log of each format (text for telnet, JSON for WebSockets), and each
 reader is sent everything new in one system call.  One thread runs the event loop: select,
-process input, send, reconcile.  A client is a caller until it has a name, then a reader.
+process input, send, reconcile.
+
+A client is one connection, and the peer is the program at its other end.  Once it has a name, it
+is one of the people in the room, and a reader of its format's log.
 
 Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Client, Limiter  6. Chat
-7. Reactor  8. The web  9. main  10. The page.  Only 7 and 9 use sockets.  8 and 10 are only for
+7. Reactor  8. The web  9. The page  10. main.  Only 7 and 10 use sockets.  8 and 9 are only for
 browsers and bots.
 """
 
@@ -132,7 +135,7 @@ def local_time(pattern: str, at: int) -> str:
 # 2. Settings, and limits of several parts
 
 LINE_LIMIT = 4096  # bytes, without the line end
-# Private bytes pending, above which whispers to a client are refused, and their own input waits.
+# Private bytes pending, above which whispers to a client are refused, and its own input waits.
 WHISPER_PENDING_LIMIT, PRIVATE_PENDING_LIMIT = 64 << 10, 128 << 10
 
 # Tokens: an allowance of --rate a second.
@@ -153,7 +156,7 @@ class Settings(NamedTuple):
     history: int = 0  # lines; 0 keeps none
     greeting: str = "Welcome to BATCHAT local reviews and chat!"
     password: str = ""  # of the operators; without one, there are none
-    behind_proxy: bool = False  # trust X-Forwarded-For of callers from localhost
+    behind_proxy: bool = False  # trust X-Forwarded-For from localhost
     max_connections: int = 1_000_000  # from the limit of open descriptors
 
 
@@ -196,7 +199,7 @@ class Outbox:
     """What one client still has to be sent: a cursor into the log, and splices.
 
     A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
-    (a reply to this client), then go on at `resume` (after their own line).  With the cursor at
+    (a reply to this client), then go on at `resume` (after its own line).  With the cursor at
     100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
     Outside the room the cursor is UNREACHABLE, and so are all offsets.
     """
@@ -423,14 +426,14 @@ def decode_line(line: bytes) -> str:
 def split_telnet_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Take the telnet commands out of `data`.
 
-    Returns the text, with keys for commands; an incomplete character or command at the end, which
-    belongs before what comes next; and the replies.
+    Returns the plain data, with keys for commands; an incomplete character or command at the end,
+    which belongs before what comes next; and the replies.
     """
     if data.isascii():  # the usual case
         return data, b"", b""
-    text, end, incomplete, replies = bytearray(), 0, b"", bytearray()
+    plain, end, incomplete, replies = bytearray(), 0, b"", bytearray()
     for match in TELNET_COMMAND.finditer(data):
-        text += data[end : match.start()]
+        plain += data[end : match.start()]
         end = match.end()
         verb, last_byte = match.groups()
         if not last_byte:
@@ -438,13 +441,13 @@ def split_telnet_commands(data: bytes) -> tuple[bytes, bytes, bytes]:
         elif verb in REFUSALS and last_byte != BINARY:
             replies += IAC + REFUSALS[verb] + last_byte
         elif not verb and last_byte in KEY_OF_TELNET_COMMAND:
-            top_bit = 0x80 if INCOMPLETE_CHARACTER.search(text[-3:]) else 0
-            text.append(KEY_OF_TELNET_COMMAND[last_byte] | top_bit)
-    text += data[end:]
-    if character := INCOMPLETE_CHARACTER.search(text[-3:]):
+            top_bit = 0x80 if INCOMPLETE_CHARACTER.search(plain[-3:]) else 0
+            plain.append(KEY_OF_TELNET_COMMAND[last_byte] | top_bit)
+    plain += data[end:]
+    if character := INCOMPLETE_CHARACTER.search(plain[-3:]):
         incomplete = character[0] + incomplete
-        del text[-len(character[0]) :]
-    return bytes(text), incomplete, bytes(replies)
+        del plain[-len(character[0]) :]
+    return bytes(plain), incomplete, bytes(replies)
 
 
 class Telnet(Protocol):
@@ -459,8 +462,8 @@ class Telnet(Protocol):
         self._scanned = 0  # bytes that `scan_for_interrupt` has seen, and that were not fed yet
         self._scan_incomplete = b""  # `_incomplete`, at their end
         self._last_byte = b""  # of text; an LF after a CR ends no further line
-        self._text = b""  # with "\n" for every line end
-        self._consumed = 0  # bytes of `_text`
+        self._data = b""  # with "\n" for every line end
+        self._consumed = 0  # bytes of `_data`
 
     @staticmethod
     def encode(event: Event) -> bytes:
@@ -468,26 +471,26 @@ class Telnet(Protocol):
 
     def feed(self, data: bytes) -> None:
         if not data:
-            self._text += CTRL_D  # the end of the stream counts as one
+            self._data += CTRL_D  # the end of the stream counts as one
             return
         self._scanned = max(0, self._scanned - len(data))
-        text, self._incomplete, replies = split_telnet_commands(self._incomplete + data)
-        if ending := LEAVING_KEY.search(text):  # what comes after it is ignored
-            text = text[: ending.end()]
+        plain, self._incomplete, replies = split_telnet_commands(self._incomplete + data)
+        if ending := LEAVING_KEY.search(plain):  # what comes after it is ignored
+            plain = plain[: ending.end()]
         after_cr = self._last_byte == b"\r"
-        self._last_byte = text[-1:] or self._last_byte
-        if after_cr and text[:1] in (b"\n", b"\0"):
-            text = text[1:]  # that line has ended already
+        self._last_byte = plain[-1:] or self._last_byte
+        if after_cr and plain[:1] in (b"\n", b"\0"):
+            plain = plain[1:]  # that line has ended already
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
-        shortened = text.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
-        self._text += shortened.replace(b"\r", b"\n")
-        ends_like_telnet = len(shortened) < len(text)  # with CR LF or CR NUL
-        is_telnet = IAC in data or (ends_like_telnet and not self._text.isascii())
+        shortened = plain.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        self._data += shortened.replace(b"\r", b"\n")
+        ends_like_telnet = len(shortened) < len(plain)  # with CR LF or CR NUL
+        is_telnet = IAC in data or (ends_like_telnet and not self._data.isascii())
         if is_telnet and not self._asked:
             self._asked = True
             self.replies += ASK_FOR_BINARY
         self.replies += replies
-        if self._asked and text.count(b"\n") > text.count(b"\r\n"):
+        if self._asked and plain.count(b"\n") > plain.count(b"\r\n"):
             self.replies += b"\r"  # with BINARY, Enter moves a telnet's cursor straight down
 
     def scan_for_interrupt(self, unfed: bytes) -> bool:
@@ -495,22 +498,22 @@ class Telnet(Protocol):
         if not self._scanned:
             self._scan_incomplete = self._incomplete  # begin where `feed` has stopped
         data = self._scan_incomplete + unfed[self._scanned :]
-        text, self._scan_incomplete, replies = split_telnet_commands(data)
+        plain, self._scan_incomplete, replies = split_telnet_commands(data)
         self._scanned = len(unfed)
-        if CTRL_C in text:
+        if CTRL_C in plain:
             # Without an answer to its TIMING-MARK, telnet shows nothing more (RFC 860).
             self.replies += replies
-        return CTRL_C in text or CTRL_C in self._text
+        return CTRL_C in plain or CTRL_C in self._data
 
     def next(self) -> LineOrControl | None:
-        start, end = self._consumed, self._text.find(b"\n", self._consumed)
+        start, end = self._consumed, self._data.find(b"\n", self._consumed)
         if end < 0:
-            if self._text.endswith((CTRL_C, CTRL_D)):
+            if self._data.endswith((CTRL_C, CTRL_D)):
                 return DISCONNECT
             # One byte over the limit is enough to see that a line is too long.
-            self._text, self._consumed = self._text[start : start + LINE_LIMIT + 1], 0
+            self._data, self._consumed = self._data[start : start + LINE_LIMIT + 1], 0
             return None
-        line, self._consumed = self._text[start:end], end + 1
+        line, self._consumed = self._data[start:end], end + 1
         return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
 
 
@@ -521,9 +524,9 @@ LOCALHOST = "localhost"
 
 
 class Host(NamedTuple):
-    """Where somebody connects from: an address, and its network.
+    """Where a client connects from: an address, and its network.
 
-    A source is one of the two: it is counted, and can be banned, as one.  Examples:
+    Each is a source: it can be counted or banned as one.  Examples:
     ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), (LOCALHOST, LOCALHOST)
     """
 
@@ -597,7 +600,6 @@ class Quota:
         self.bucket = TokenBucket(rate)
         self.connection_count = 0
         self.departing: dict[Client, None] = {}
-        self.wrong_passwords = 0
 
     @property
     def free_places(self) -> int:
@@ -663,7 +665,7 @@ STATE_SECONDS = {
     CHATTING: NEVER,
     CLOSING: 5.0,  # to send what is pending, and for the peer to close
 }
-LOST_SECONDS = 120.0  # to process what somebody sent before a reset
+LOST_SECONDS = 120.0  # to process what the peer sent before a reset
 
 
 class Client:
@@ -684,7 +686,7 @@ class Client:
         self.lost_reason = ""  # why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
-        self.prompts = 0  # for a name, so far
+        self.tries = 0  # to give a name: prompts so far
         self.is_operator = False
         self.virtual_time = 0.0  # fair queueing: who has the lowest is served first
         # For the reactor
@@ -692,7 +694,7 @@ class Client:
         self.unscanned = False  # something was read since the last scan for Ctrl-C
         self.eof = False  # the end of the stream was read
         self.mask = 0  # of the events that the selector is asked for
-        self.silent_ticks = 0  # since they sent anything, while nothing was pending
+        self.silent_ticks = 0  # since the peer sent anything, while nothing was pending
 
     def enter(self, state: State, now: float) -> None:
         if state not in NEXT_STATES[self.state]:
@@ -705,6 +707,11 @@ class Client:
         if self.lost_reason and self.state is not CLOSING:
             return self.lost_at + LOST_SECONDS
         return self.state_since + STATE_SECONDS[self.state]
+
+    @property
+    def is_departing(self) -> bool:
+        """Whether it takes no place any more."""
+        return bool(self.over_limit_code or self.lost_reason) or self.state is CLOSING
 
     @property
     def is_done(self) -> bool:
@@ -720,7 +727,7 @@ class Limiter:
         self.server_quota = Quota(settings.max_connections, SPARE_CONNECTIONS)
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
-        self.own_networks: set[str] = set()  # those of our addresses that somebody called
+        self.own_networks: set[str] = set()  # those of our addresses that were connected to
 
     def add(self, client: Client, address: str) -> None:
         """Count a connection from an address; set `over_limit_code` if there are too many.
@@ -729,19 +736,19 @@ class Limiter:
         """
         client.over_limit_code = ""
         client.host = parse_host(address)
-        client.quota = self.quota_for(self.source_of(client.host))
+        client.quota = self.quota_for(self.counted_source(client.host))
         client.bucket = TokenBucket(self.settings.rate)
         for quota, code in ((client.quota, "crowded"), (self.server_quota, "full")):
             quota.connection_count += 1
             if quota.limit and quota.free_places < 0:
                 client.over_limit_code = code
-        if client.over_limit_code or client.lost_reason:  # lost: before it was added again
+        if client.is_departing:  # lost, if it is added again
             self.mark_departing(client)
         if self.settings.rate:  # anyone who reconnects must not be served first
             self._raise_virtual_time(client, JOIN_TOKENS)
 
-    def source_of(self, host: Host) -> str:
-        """The source that counts: an IPv6 /64, but in our own networks the address."""
+    def counted_source(self, host: Host) -> str:
+        """The source that is counted: an IPv6 /64, but in our own networks the address."""
         return host.address if host.network in self.own_networks else host.network
 
     def mark_departing(self, client: Client) -> None:
@@ -755,7 +762,7 @@ class Limiter:
             quota.departing.pop(client, None)
 
     def quota_for(self, source: str) -> Quota:
-        """The quota with this source; a new one if it is not known."""
+        """The quota of a source; a new one if there is none."""
         if source not in self.quotas:
             if len(self.quotas) >= QUOTAS_LIMIT:
                 idle = (key for key, quota in self.quotas.items() if not quota.connection_count)
@@ -790,7 +797,7 @@ class Limiter:
         """Forget the quotas that hold nothing to remember, and the bans that are over."""
         for source, quota in list(self.quotas.items()):
             bucket_is_full = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
-            if bucket_is_full and not quota.connection_count and not quota.wrong_passwords:
+            if bucket_is_full and not quota.connection_count:
                 del self.quotas[source]
         self.bans = {source: until for source, until in self.bans.items() if until > self.clock.now}
 
@@ -893,7 +900,7 @@ def parse_name(text: str) -> str:
     return name
 
 
-CommandHandler = Callable[..., None]  # a method of Chat; takes who typed it, and the arguments
+CommandHandler = Callable[..., None]  # a method of Chat; takes a client and the arguments
 
 
 class Command(NamedTuple):
@@ -923,13 +930,12 @@ def command(
     return register
 
 
-PROMPTS_LIMIT = 5  # for a name
+TRIES_LIMIT = 5  # to give a name
 FORMER_NAMES_LIMIT = 10_000
 FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
 DEFAULT_BAN_MINUTES = 60
 BAN_MINUTES_LIMIT = 525_600
 BANS_LIMIT = 1000
-WRONG_PASSWORDS_WARNED = 10  # from one address
 
 
 class Chat:
@@ -971,7 +977,7 @@ class Chat:
                 self._ask_for_name(client)
 
     def _handle_name(self, client: Client, line: LineOrControl) -> None:
-        if isinstance(line, Control) or HTTP_REQUEST.match(line):  # a web request, long or not
+        if not isinstance(line, str) or HTTP_REQUEST.match(line):  # a web request, long or not
             self.disconnect(client, "tries", reason="sent no name")
         elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
             self.disconnect(client, reason="quit")
@@ -979,7 +985,7 @@ class Chat:
             self._join(client, line)
 
     def _handle_line(self, client: Client, line: LineOrControl) -> None:
-        if isinstance(line, Control):  # TOO_LONG
+        if not isinstance(line, str):  # TOO_LONG
             text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
@@ -1033,9 +1039,9 @@ class Chat:
 
     # Joining and leaving
     def greet(self, client: Client) -> None:
-        """Greet a caller and ask for a name, or say why they may not join."""
+        """Greet a client and ask for a name, or say why it may not join."""
         address = client.protocol.forwarded_for
-        if address:  # from a proxy: count them under this address
+        if address:  # from a proxy: count it under this address
             client.peer_label = f"{address} through {client.peer_label}"
             self.limiter.remove(client)
             self.limiter.add(client, address)
@@ -1053,14 +1059,14 @@ class Chat:
             self._ask_for_name(client)
 
     def _ask_for_name(self, client: Client) -> None:
-        if client.prompts == PROMPTS_LIMIT:
+        if client.tries == TRIES_LIMIT:
             self.disconnect(client, "tries")
         else:
-            client.prompts += 1
+            client.tries += 1
             self.send(client, "prompt", text=PROMPT)
 
     def _reject_if_needed(self, client: Client) -> bool:
-        """Disconnect a caller if they may not join; returns whether it did."""
+        """Disconnect a client that may not join; returns whether it did."""
         minutes = self.limiter.banned_minutes(*client.host.sources)
         is_full = 0 < self.settings.max_people <= len(self.people)
         code = "banned" if minutes else "full" if is_full else client.over_limit_code
@@ -1069,14 +1075,14 @@ class Chat:
         return bool(code)
 
     def _join(self, client: Client, text: str) -> None:
-        """Let a caller in by the name that they typed, or reject them; raises Refused."""
+        """Let a client join under the name in `text`, or reject it; raises Refused."""
         if self._reject_if_needed(client):
             return
         client.name = name = self._available_name(client, text)
         self.limiter.charge(client, JOIN_TOKENS)
         client.enter(CHATTING, self.clock.now)
         self.people[name_key(name)] = client
-        self.publish("joined", client)  # before they read the log
+        self.publish("joined", client)  # before it reads the log
         client.outbox.log.readers[client] = None
         client.outbox.join()
         self.send(client, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
@@ -1232,10 +1238,6 @@ class Chat:
             return
         logger.info("%s gave a wrong password (%s)", client.name, client.peer_label)
         self.limiter.charge(client, WRONG_PASSWORD_TOKENS)
-        client.quota.wrong_passwords += 1
-        if client.quota.wrong_passwords == WRONG_PASSWORDS_WARNED:
-            source = self.limiter.source_of(client.host)
-            logger.warning("%d wrong passwords from %s", WRONG_PASSWORDS_WARNED, source)
         raise Refused("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators_only=True)
@@ -1246,9 +1248,9 @@ class Chat:
         logger.info("%s kicked %s (%s)", client.name, other.name, client.peer_label)
         self.disconnect(other, "kicked", by=client.name, text=why)
 
-    @command("/ban NAME [MINUTES]", "remove somebody and ban their address (or give an address)", operators_only=True)
+    @command("/ban NAME [MINUTES]", "kick and ban; NAME may be an address", operators_only=True)
     def _ban(self, client: Client, target: str, duration: str = str(DEFAULT_BAN_MINUTES)) -> None:
-        source = self.limiter.source_of(self._host_of(target))
+        source = self.limiter.counted_source(self._host_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= BAN_MINUTES_LIMIT:
             raise Refused(f"A ban lasts from 1 to {BAN_MINUTES_LIMIT} minutes.", "usage")
@@ -1302,7 +1304,7 @@ POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send
 SHUTDOWN_SECONDS = 2.0  # to send what is pending, and for the peers to close
 PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not run does not count
 SILENT_TICKS_LIMIT = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
-ACCEPT_BATCH = 64  # callers accepted from a listener in one iteration
+ACCEPT_BATCH = 64  # connections accepted from a listener in one iteration
 READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a client whose input waits
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -1353,7 +1355,7 @@ class Reactor:
         self.with_input: dict[Client, None] = {}  # those with unprocessed input
         self.blocked: dict[Client, None] = {}  # those whose socket is full
         self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
-        self.paused = False  # somebody is lagging: no input is processed
+        self.paused = False  # a reader lags: no input is processed
         self.tick_at = self.clock.now
         self.ends_at = NEVER  # when a stopped server ends, at the latest
 
@@ -1374,7 +1376,7 @@ class Reactor:
         return ok
 
     def stop(self) -> None:
-        """Tell everyone, send what is pending, wait for them to close."""
+        """Tell everyone, send what is pending, wait for the peers to close."""
         if self.listeners:
             self.ends_at = self.clock.now + SHUTDOWN_SECONDS
             for listener in self.listeners:
@@ -1417,7 +1419,7 @@ class Reactor:
         """Seconds to wait for sockets: until tokens are there, or something is due."""
         if self.chat.to_reconcile or self.chat.new_bytes:  # by `_tick`, for example
             return 0
-        until = min(map(self._ready_at, self.with_input), default=NEVER)
+        until = min(map(self._input_ready_at, self.with_input), default=NEVER)
         if until > self.clock.now:  # wake up for a few tokens, not for each
             until = max(until, self.clock.now + POLL_SECONDS)
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
@@ -1437,9 +1439,9 @@ class Reactor:
         for client in sorted(self.with_input, key=lambda client: client.virtual_time):
             if self.clock.read() > until:
                 return
-            if self._ready_at(client) <= self.clock.now:
+            if self._input_ready_at(client) <= self.clock.now:
                 self._guard(self._process_input, client)
-            if client.unscanned and self._ready_at(client) > self.clock.now:
+            if client.unscanned and self._input_ready_at(client) > self.clock.now:
                 self._guard(self._scan_for_interrupt, client)
 
     def _broadcast(self, log: Log) -> None:
@@ -1465,7 +1467,7 @@ class Reactor:
         log.broadcast_end = end
 
     def _apply_backpressure(self) -> None:
-        """Pause the room while anybody lags; drop them when the stall budget is spent."""
+        """Pause the room while a reader lags; drop it when the stall budget is spent."""
         change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_BUDGET_SECONDS)
         for client in self._lagging():
@@ -1511,7 +1513,7 @@ class Reactor:
             elif client.silent_ticks % PING_TICKS == 0:
                 self.chat.send_raw(client, ping)
 
-    # Callers
+    # New connections
     def _accept(self, listener: socket.socket) -> None:
         if not self.listeners:  # stopped in this iteration
             return
@@ -1524,12 +1526,12 @@ class Reactor:
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
-            if not peer:  # on macOS: the caller is gone again
+            if not peer:  # on macOS: the peer is gone again
                 continue
             address, port = peer[:2]
             peer_label = f"{re.sub('^::ffff:', '', address)} port {port}"  # without IPv6's prefix
             log = self.chat.logs[self.listeners[listener]]
-            with suppress(OSError):  # the caller is gone again
+            with suppress(OSError):  # the peer is gone again
                 self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
             client = Client(peer_label, log, self.clock.now)
             client.sock = sock
@@ -1575,7 +1577,7 @@ class Reactor:
         # the state CLOSING, and the one after it no connection.
         self._guard(self._abort, client, reason)
 
-    def _ready_at(self, client: Client) -> float:
+    def _input_ready_at(self, client: Client) -> float:
         """When this client's input may be processed; NEVER if something must change first."""
         over_private_limit = client.outbox.private_bytes > PRIVATE_PENDING_LIMIT
         if self.paused or over_private_limit or self.chat.new_bytes > LAG_LIMIT:
@@ -1589,7 +1591,7 @@ class Reactor:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(client, error.strerror)  # what they sent before is still said
+            self._lose(client, error.strerror)  # what it sent before is still said
             data = b""
         client.silent_ticks = 0
         client.eof = not data
@@ -1603,17 +1605,17 @@ class Reactor:
         self.chat.to_reconcile[client] = None
         # Move to the end: equal ones take turns, as sorted() is stable.
         self.with_input[client] = self.with_input.pop(client)
-        # A token's worth: then it may be somebody else's turn.
+        # A token's worth: then it may be another client's turn.
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
         protocol, was_fed = client.protocol, False
-        while client.state is not CLOSING and self._ready_at(client) <= self.clock.now:
+        while client.state is not CLOSING and self._input_ready_at(client) <= self.clock.now:
             received = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(client, protocol.take_replies())
             if received is not None:
                 self.chat.handle(client, received)
-                if received is OPENED:  # `greet` may have counted them under another address
-                    self._reconcile(client)  # send the answer before they may be evicted
+                if received is OPENED:  # `greet` may have counted it under another address
+                    self._reconcile(client)  # send the answer before it may be evicted
                     self._evict_for(client)
             elif not client.read_buffer and not client.eof:
                 del self.with_input[client]
@@ -1917,204 +1919,7 @@ class Web(Protocol):
 
 
 # ---
-# 9. main
-
-TELNET_PORT = 1337
-WEB_PORT = 1338
-BACKLOG = 4096  # callers
-OWN_DESCRIPTORS = 16  # log, signals and so on
-
-
-def whole_number(largest: int, text: str) -> int:
-    """A whole number from 0 to `largest`; raises ArgumentTypeError."""
-    if not text.isdecimal() or int(text) > largest:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
-    return int(text)
-
-
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; exits with status 2 if they are wrong."""
-    default = Settings()
-    parser = argparse.ArgumentParser(description="A chat room for telnet and browsers.")
-    add = parser.add_argument
-    add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
-    for flag, largest, value, text in [
-        ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
-        ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
-        ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
-        ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
-        ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
-        ("--history", HISTORY_LINES_LIMIT, default.history, "lines that newcomers are shown"),
-    ]:
-        number = functools.partial(whole_number, largest)
-        help_text = text if value is None else f"{text} (default: %(default)s)"
-        add(flag, metavar="N", type=number, default=value, help=help_text)
-    text = "what callers are shown first (default: %(default)s)"
-    add("--greeting", "--welcome", metavar="TEXT", default=default.greeting, help=text)
-    add("--password-file", metavar="FILE", help="the operators' password is its first line")
-    text = "trust X-Forwarded-For of browsers that call from localhost"
-    add("--behind-proxy", action="store_true", help=text)
-    add("--no-web", action="store_true", help="do not listen for browsers")
-    add("-v", "--verbose", action="store_true", help="log callers who never joined, too")
-    add("--version", action="version", version=f"BATCHAT {__version__}")
-    return parser.parse_args(arguments)
-
-
-def read_password(path: str) -> str:
-    """The first line of a file; exits if there is none."""
-    try:
-        with open(path, "rb") as file:
-            line = file.readline(LINE_LIMIT).decode("utf-8-sig")
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
-                logger.warning("everybody on this machine can read %s", path)
-        why, password = "its first line is empty", clean(line).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        password, why = "", getattr(error, "strerror", "it is not UTF-8")
-    if not password:
-        sys.exit(f"batchat: no password in {path}: {why}")
-    return password
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the limit of open descriptors as far as possible; returns it."""
-    try:
-        import resource
-    except ImportError:
-        return 512  # what select() takes on Windows
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS allows less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def open_listener(address: str | None, *ports: int) -> socket.socket:
-    """A socket that listens on the first free one of these ports; exits if there is none."""
-    dual = not address and socket.has_dualstack_ipv6()
-    bind_address = address or ("::" if dual else "0.0.0.0")
-    for port in ports:
-        try:
-            info = socket.getaddrinfo(bind_address, port, type=socket.SOCK_STREAM)
-            family, *_, found = info[0]
-            return socket.create_server(found, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
-        except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or "that is no address"
-    why = why.partition(" (while")[0]  # create_server() appends the address
-    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {why}")
-
-
-def announce(address: str | None, ports: list[int]) -> None:
-    """Say how to join: on standard output, or else in the log."""
-    shown = address or "localhost"
-    site = f"[{shown}]" if ":" in shown else shown
-    text = f"BATCHAT listens on {address or 'every address'}, port {ports[0]}.\n"
-    text += f"Join it: telnet {shown} {ports[0]}"
-    for port in ports[1:]:
-        text += f", or in a browser: http://{site}:{port}/"
-    if not address:
-        text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
-    # Not print(), which would try again at exit, and fail.
-    if not write_nonblocking(sys.stdout, f"{text}\n"):
-        logger.info("%s", text)
-
-
-def write_nonblocking(stream: TextIO | None, text: str) -> bool:
-    """Write without waiting for a reader; returns whether all was written."""
-    if stream is None:  # it was closed when we started
-        return False
-    descriptor, data = stream.fileno(), text.encode("utf-8", "backslashreplace")
-    # Non-blocking only for now: the shell may use the same terminal.  Not on Windows.
-    blocking = os.name != "nt" and os.get_blocking(descriptor)
-    try:
-        if blocking:
-            os.set_blocking(descriptor, False)
-        return os.write(descriptor, data) == len(data)
-    except OSError:  # it is full, or has no reader
-        return False
-    finally:
-        if blocking:
-            os.set_blocking(descriptor, True)
-
-
-class NonBlockingHandler(logging.Handler):
-    """Writes the log to standard error without ever waiting for its reader.
-
-    Lines that were not written as a whole are counted.
-    """
-
-    lost_lines = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # The line before may be cut.
-        count = self.lost_lines
-        lost = f"\n... {count} lines of the log were lost\n" if count else ""
-        written = write_nonblocking(sys.stderr, f"{lost}{self.format(record)}\n")
-        self.lost_lines = 0 if written else count + 1
-
-
-def start_logging(level: int) -> None:
-    """Log to standard error, with the time unless systemd's journal adds it."""
-    if sys.stderr is None:
-        return  # descriptor 2 may be a socket now
-    handler, status = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
-    if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
-
-
-def stop_on_signals(reactor: Reactor) -> None:
-    """Have Ctrl-C, SIGTERM or SIGHUP stop the server; a second Ctrl-C or SIGTERM, at once."""
-    receiver, sender = socket.socketpair()
-
-    def on_signal(signum: int, frame: object) -> None:
-        sender.send(b"!")  # wakes the event loop
-        for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
-            signal.signal(number, signal.SIG_DFL)
-
-    def on_wakeup() -> None:
-        receiver.recv(16)
-        logger.info("stopping")
-        reactor.stop()
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
-    reactor.selector.register(receiver, READ, on_wakeup)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the server; returns the exit status."""
-    options = parse_options(arguments)
-    # Arguments that are not UTF-8 have surrogates, which can't be encoded.
-    options.greeting = clean(options.greeting.encode("utf-8", "replace").decode())
-    start_logging(logging.DEBUG if options.verbose else logging.INFO)
-    max_connections = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
-    if max_connections < 1:
-        sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
-    password = read_password(options.password_file) if options.password_file else ""
-    # Most options are settings of the same name.
-    values = {name: value for name, value in vars(options).items() if name in Settings._fields}
-    settings = Settings(**values, password=password, max_connections=max_connections)
-    listeners: dict[socket.socket, type[Protocol]] = {}
-    listeners[open_listener(options.host, options.port)] = Telnet
-    if not options.no_web:
-        web_ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
-        listeners[open_listener(options.host, *web_ports)] = Web
-    reactor = Reactor(listeners, settings)
-    stop_on_signals(reactor)
-    ports = [listener.getsockname()[1] for listener in listeners]
-    facts = (__version__, os.getpid(), ports, max_connections, vars(options))
-    logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *facts)
-    announce(options.host, ports)
-    ok = reactor.run()
-    logger.info("stopped")
-    return 0 if ok else 1
-
-
-# ---
-# 10. The page
+# 9. The page
 
 STYLE = """
 :root { color-scheme: light dark; --soft: light-dark(#5b6066, #a0a6ad); --rule: light-dark(#d4d7da, #363b42);
@@ -2489,6 +2294,203 @@ PAGE_POLICY = (
     f"style-src 'sha256-{digest('sha256', STYLE)}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+# ---
+# 10. main
+
+TELNET_PORT = 1337
+WEB_PORT = 1338
+BACKLOG = 4096  # connections
+OWN_DESCRIPTORS = 16  # log, signals and so on
+
+
+def whole_number(largest: int, text: str) -> int:
+    """A whole number from 0 to `largest`; raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) > largest:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
+    return int(text)
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; exits with status 2 if they are wrong."""
+    default = Settings()
+    parser = argparse.ArgumentParser(description="A chat room for telnet and browsers.")
+    add = parser.add_argument
+    add("--host", metavar="ADDRESS", help="listen on this address (default: all)")
+    for flag, largest, value, text in [
+        ("--port", 65535, TELNET_PORT, "port for telnet; 0 is any free one"),
+        ("--web-port", 65535, None, f"port for browsers (default: {WEB_PORT}, or a free one)"),
+        ("--rate", 10**6, default.rate, "lines a second from one person; 0 is no limit"),
+        ("--max-people", 10**6, default.max_people, "people in the room; 0 is no limit"),
+        ("--max-per-address", 10**6, default.max_per_address, "from one address; 0 is no limit"),
+        ("--history", HISTORY_LINES_LIMIT, default.history, "lines that newcomers are shown"),
+    ]:
+        number = functools.partial(whole_number, largest)
+        help_text = text if value is None else f"{text} (default: %(default)s)"
+        add(flag, metavar="N", type=number, default=value, help=help_text)
+    text = "what a client is shown first (default: %(default)s)"
+    add("--greeting", "--welcome", metavar="TEXT", default=default.greeting, help=text)
+    add("--password-file", metavar="FILE", help="the operators' password is its first line")
+    text = "trust X-Forwarded-For of browsers from localhost"
+    add("--behind-proxy", action="store_true", help=text)
+    add("--no-web", action="store_true", help="do not listen for browsers")
+    add("-v", "--verbose", action="store_true", help="log connections that never joined, too")
+    add("--version", action="version", version=f"BATCHAT {__version__}")
+    return parser.parse_args(arguments)
+
+
+def read_password(path: str) -> str:
+    """The first line of a file; exits if there is none."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(LINE_LIMIT).decode("utf-8-sig")
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                logger.warning("everybody on this machine can read %s", path)
+        why, password = "its first line is empty", clean(line).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        password, why = "", getattr(error, "strerror", "it is not UTF-8")
+    if not password:
+        sys.exit(f"batchat: no password in {path}: {why}")
+    return password
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open descriptors as far as possible; returns it."""
+    try:
+        import resource
+    except ImportError:
+        return 512  # what select() takes on Windows
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def open_listener(address: str | None, *ports: int) -> socket.socket:
+    """A socket that listens on the first free one of these ports; exits if there is none."""
+    dual = not address and socket.has_dualstack_ipv6()
+    bind_address = address or ("::" if dual else "0.0.0.0")
+    for port in ports:
+        try:
+            info = socket.getaddrinfo(bind_address, port, type=socket.SOCK_STREAM)
+            family, *_, found = info[0]
+            return socket.create_server(found, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or "that is no address"
+    why = why.partition(" (while")[0]  # create_server() appends the address
+    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {why}")
+
+
+def announce(address: str | None, ports: list[int]) -> None:
+    """Say how to join: on standard output, or else in the log."""
+    shown = address or "localhost"
+    site = f"[{shown}]" if ":" in shown else shown
+    text = f"BATCHAT listens on {address or 'every address'}, port {ports[0]}.\n"
+    text += f"Join it: telnet {shown} {ports[0]}"
+    for port in ports[1:]:
+        text += f", or in a browser: http://{site}:{port}/"
+    if not address:
+        text += f"\nFrom another machine: {socket.gethostname()} instead of localhost."
+    # Not print(), which would try again at exit, and fail.
+    if not write_nonblocking(sys.stdout, f"{text}\n"):
+        logger.info("%s", text)
+
+
+def write_nonblocking(stream: TextIO | None, text: str) -> bool:
+    """Write without waiting for a reader; returns whether all was written."""
+    if stream is None:  # it was closed when we started
+        return False
+    descriptor, data = stream.fileno(), text.encode("utf-8", "backslashreplace")
+    # Non-blocking only for now: the shell may use the same terminal.  Not on Windows.
+    blocking = os.name != "nt" and os.get_blocking(descriptor)
+    try:
+        if blocking:
+            os.set_blocking(descriptor, False)
+        return os.write(descriptor, data) == len(data)
+    except OSError:  # it is full, or has no reader
+        return False
+    finally:
+        if blocking:
+            os.set_blocking(descriptor, True)
+
+
+class NonBlockingHandler(logging.Handler):
+    """Writes the log to standard error without ever waiting for its reader.
+
+    Lines that were not written as a whole are counted.
+    """
+
+    lost_lines = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The line before may be cut.
+        count = self.lost_lines
+        lost = f"\n... {count} lines of the log were lost\n" if count else ""
+        written = write_nonblocking(sys.stderr, f"{lost}{self.format(record)}\n")
+        self.lost_lines = 0 if written else count + 1
+
+
+def start_logging(level: int) -> None:
+    """Log to standard error, with the time unless systemd's journal adds it."""
+    if sys.stderr is None:
+        return  # descriptor 2 may be a socket now
+    handler, status = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
+    if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def stop_on_signals(reactor: Reactor) -> None:
+    """Stop the server on Ctrl-C, SIGTERM or SIGHUP; at once on a second Ctrl-C or SIGTERM."""
+    receiver, sender = socket.socketpair()
+
+    def on_signal(signum: int, frame: object) -> None:
+        sender.send(b"!")  # wakes the event loop
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP may come from shell and kernel
+            signal.signal(number, signal.SIG_DFL)
+
+    def on_wakeup() -> None:
+        receiver.recv(16)
+        logger.info("stopping")
+        reactor.stop()
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # With `&` in a script SIGINT is ignored, and with nohup SIGHUP.
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    reactor.selector.register(receiver, READ, on_wakeup)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server; returns the exit status."""
+    options = parse_options(arguments)
+    # Arguments that are not UTF-8 have surrogates, which can't be encoded.
+    options.greeting = clean(options.greeting.encode("utf-8", "replace").decode())
+    start_logging(logging.DEBUG if options.verbose else logging.INFO)
+    max_connections = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
+    if max_connections < 1:
+        sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
+    password = read_password(options.password_file) if options.password_file else ""
+    # Most options are settings of the same name.
+    values = {name: value for name, value in vars(options).items() if name in Settings._fields}
+    settings = Settings(**values, password=password, max_connections=max_connections)
+    listeners: dict[socket.socket, type[Protocol]] = {}
+    listeners[open_listener(options.host, options.port)] = Telnet
+    if not options.no_web:
+        web_ports = [WEB_PORT, 0] if options.web_port is None else [options.web_port]
+        listeners[open_listener(options.host, *web_ports)] = Web
+    reactor = Reactor(listeners, settings)
+    stop_on_signals(reactor)
+    ports = [listener.getsockname()[1] for listener in listeners]
+    facts = (__version__, os.getpid(), ports, max_connections, vars(options))
+    logger.info("BATCHAT %s, process %d, ports %s, %d connections at most; %s", *facts)
+    announce(options.host, ports)
+    ok = reactor.run()
+    logger.info("stopped")
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

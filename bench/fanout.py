@@ -188,7 +188,7 @@ class Websockets(WebServer):
 class Ncat(Server):
     name = program = "ncat"
     equal_lines = False  # it says who speaks once for all that it reads at once
-    join_batch = 10  # it has no more callers wait
+    join_batch = 10  # it has no more clients wait
 
     def command(self, folder: Path, port: int) -> list[str]:
         options = ["--chat", "--nodns", "--max-conns", "10000"]

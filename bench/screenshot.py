@@ -66,7 +66,7 @@ def main() -> None:
             ann_sees("* mike has joined the chat")
             people = {}
             for name in ("bob", "Мария", "李雷"):
-                people[name] = server.call()
+                people[name] = server.connect()
                 people[name].sock.sendall(f"{name}\n".encode())
                 ann_sees(f"* {name} has joined the chat")
             for name, text in TALK:
