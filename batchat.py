@@ -613,33 +613,32 @@ class Quota:
 
 
 class State(Enum):
-    """The state of a client; what ends each, and the state that follows.
+    """The state of a client: what changes it, to which, and where in the code.
 
     CONNECTING
-      telnet: nothing more is needed          AWAITING_NAME, with a greeting
-      browser: it asks for a WebSocket        AWAITING_NAME, with a greeting
-      browser: something else, or no request  CLOSING
-      rejected: too many people, or a ban     CLOSING
+      telnet: at once; browser: a WebSocket    AWAITING_NAME  Chat.greet
+      browser: any other request, or none      CLOSING        Chat.handle
+      too many people, or a ban                CLOSING        Chat._reject_if_needed
     AWAITING_NAME
-      a valid name that is free               CHATTING; the others are told
-      an invalid or taken one                 AWAITING_NAME; the last time CLOSING
-      a line that is too long or looks like   CLOSING
-      HTTP, no name in time, rejected
+      a valid name that is free                CHATTING       Chat._join
+      a fifth name that is invalid or taken    CLOSING        Chat._ask_for_name
+      a line that is too long, or HTTP         CLOSING        Chat._handle_name
+      too many people, or a ban                CLOSING        Chat._reject_if_needed
     CHATTING
-      kicked                                  CLOSING; the others are told
+      kicked                                   CLOSING        Chat._kick
     all but CLOSING
-      /quit, DISCONNECT                       CLOSING; the others are told (*)
-      shutdown                                CLOSING
-      too far behind, an error, lost for too  CLOSING; the others are told (*), and
-      long, evicted (see Limiter)             closed at once
+      /quit                                    CLOSING        Chat._quit, _handle_name
+      DISCONNECT                               CLOSING        Chat.handle
+      not in time                              CLOSING        Reactor._check_deadline
+      too far behind, an error, evicted        CLOSING        Reactor._abort
+      the server is stopped                    CLOSING        Reactor.stop
     CLOSING
-      all is sent, and the peer has closed    closed
-      an error, not in time, evicted, or the  closed
-      server ends
-    (*) if they were CHATTING
+      all is sent, and the peer has closed     closed         Reactor._reconcile
+      not in time, an error, evicted           closed         Reactor._abort, _evict_for
+      the server ends                          closed         Reactor.run
 
-    Only Chat.greet, Chat._join and Chat.disconnect change the state, and Reactor._close closes.
-    Chat.people are those who are CHATTING.  Besides, a client may be
+    The others are told when somebody becomes CHATTING, and when they no longer are: Chat.people
+    are those.  Besides, a client may be
       over limit  from Limiter.add on: to be rejected instead of greeted
       lost        from Reactor._lose on: nothing can be sent; what was read is processed
       at EOF      from Reactor._read on: nothing more can be read
