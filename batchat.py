@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """BATCHAT: a chat room in one file, for telnet and browsers.
 
-    python batchat.py           starts the server
-    telnet localhost 1337       joins the room, and so does
-    http://localhost:1338/      in a browser
+    python batchat.py         starts the server
+    telnet localhost 1337     joins the room, and so does
+    http://localhost:1338/    in a browser
 
 A chat room is a log, and a reader is a cursor into it.  What happens in the room is an event.
 It is appended once to the log of each format (text for telnet, JSON for WebSockets), and each
@@ -41,6 +41,7 @@ import unicodedata
 from base64 import b64encode
 from collections import defaultdict, deque
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, Callable, Dict, Iterable, NamedTuple, TextIO, Union
@@ -53,8 +54,8 @@ logger = logging.getLogger("batchat")
 # ---
 # 1. Events
 
-# "type", then the fields, as in README's table.  A WebSocket is sent this as JSON, telnet the text
-# that `text_of` makes of it.
+# "type", then the fields of README's table.  A WebSocket is sent JSON, telnet what `render_text`
+# makes of it.
 Event = Dict[str, Any]
 PROTOCOL_VERSION = 1  # in a greeting: a page that was made for another one reloads itself
 
@@ -68,8 +69,8 @@ U | __")uU  /"\  u  |_ " _| U /"___| |'| |'| U  /"\  u  |_ " _|
 (__) (__)(__)  (__)(__) (__)(__)(__)(_") ("_)(__)  (__)(__) (__)
 """[1:]
 
-# How each type of event reads on telnet: all types are here, and the end of a history.  The page
-# uses these, too, except greeting and help.
+# How each type of event reads on telnet, and the end of a history.  The page uses these, too,
+# except greeting and help.
 TEMPLATES = {
     "greeting": "{banner}\n{text}\n\n",
     "prompt": "{text}",
@@ -90,7 +91,7 @@ TEMPLATES = {
     "closing": "* {text}\n",
 }
 
-SPOKEN = ("said", "did")  # what is kept in the history, and hidden by /ignore
+SPOKEN_TYPES = ("said", "did")  # what is kept in the history, and hidden by /ignore
 
 # The text of "closing", by its code.
 CLOSING_TEXT = {
@@ -99,13 +100,14 @@ CLOSING_TEXT = {
     "crowded": "Too many people are here from your address, please try again later.",
     "kicked": "You were kicked by {by}: {text}",
     "timeout": "No name given in time, goodbye!",
+    "no_name": "That is no name, goodbye!",
     "shutdown": "BATCHAT is shutting down, goodbye!",
     "tries": "That was the last try, goodbye!",
 }
 PROMPT = "Please enter your name, and press enter: "
 
 
-def text_of(event: Event) -> str:
+def render_text(event: Event) -> str:
     """An event as telnet shows it, with newlines as line ends."""
     event_type, template = event["type"], TEMPLATES[event["type"]]
     if event_type == "people":
@@ -121,8 +123,8 @@ def text_of(event: Event) -> str:
         if not event["events"]:
             return ""
         since = local_time("%Y-%m-%d %H:%M", event["events"][0]["at"])
-        lines = [f"{local_time('%H:%M', line['at'])} {text_of(line)}" for line in event["events"]]
-        return "".join([template.format(since=since), *lines, TEMPLATES["history_end"]])
+        past = [f"{local_time('%H:%M', it['at'])} {render_text(it)}" for it in event["events"]]
+        return "".join([template.format(since=since), *past, TEMPLATES["history_end"]])
     return template.format_map(event)
 
 
@@ -134,12 +136,12 @@ def local_time(pattern: str, at: int) -> str:
 # ---
 # 2. Settings, and limits of several parts
 
-LINE_LIMIT = 4096  # bytes, without the line end
-# Private bytes pending, above which whispers to a client are refused, and its own input waits.
-WHISPER_PENDING_LIMIT, PRIVATE_PENDING_LIMIT = 64 << 10, 128 << 10
+LINE_BYTES_LIMIT = 4096  # bytes, without the line end
+# Private bytes pending, above which a client gets no whispers, and its input waits.
+PRIVATE_LIMIT_FOR_WHISPERS, PRIVATE_LIMIT_FOR_INPUT = 64 << 10, 128 << 10
 
 # Tokens: an allowance of --rate a second.
-LINE_TOKENS = 1  # of every line or control; those below are added to it
+LINE_TOKENS = 1  # of every line or marker; those below are added to it
 JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
 RENAME_TOKENS = 24  # everyone has to learn the new name
 WRONG_PASSWORD_TOKENS = 49
@@ -190,25 +192,31 @@ class Log:
         self.data += data
 
     def trim(self, offset: int) -> None:
-        """Forget everything before `offset`."""
         del self.data[: offset - self.start]
         self.start = offset
+
+
+@dataclass
+class Splice:
+    """At `offset` of the log, insert private bytes, then go on at `resume`."""
+
+    offset: int
+    private: bytes  # a reply to this client
+    resume: int  # after its own line
 
 
 class Outbox:
     """What one client still has to be sent: a cursor into the log, and splices.
 
-    A splice `(offset, private, resume)` says: at `offset` of the log, insert the bytes `private`
-    (a reply to this client), then go on at `resume` (after its own line).  With the cursor at
-    100 and the splice (150, b"hi", 170), log[100:150] is sent, then hi, then the log from 170 on.
-    Outside the room the cursor is UNREACHABLE, and so are all offsets.
+    With the cursor at 100 and Splice(150, b"hi", 170), log[100:150] is sent, then hi, then the log
+    from 170 on.  Outside the room the cursor is UNREACHABLE, and so are all offsets.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.cursor = UNREACHABLE
-        self.splices: list[tuple[int, bytes, int]] = []
-        self.private_bytes = 0  # in all splices
+        self.splices: list[Splice] = []
+        self.private_size = 0  # in all splices
         self.is_discarding = False
 
     @property
@@ -224,87 +232,86 @@ class Outbox:
         """Read the log from its end on; private bytes that are pending come first."""
         if not self.is_discarding:
             self.cursor = end = self.log.end
-            self.splices = [(end, private, end) for _, private, _ in self.splices]
+            self.splices = [Splice(end, each.private, end) for each in self.splices]
 
     def leave(self) -> None:
         """Read the log no further than to its end now; private bytes may still follow."""
-        self._splice(self.log.end, b"", UNREACHABLE)
+        self._add_splice(self.log.end, b"", UNREACHABLE)
 
     def discard(self) -> None:
         """Drop everything pending, and from now on what is added."""
         self.is_discarding = True
         self.cursor = UNREACHABLE
         self.splices.clear()
-        self.private_bytes = 0
+        self.private_size = 0
 
-    def append_private(self, data: bytes) -> None:
-        """Send `data` to this client only, after everything in the log so far."""
-        resume = self.splices[-1][2] if self.splices else self.cursor
+    def append_private(self, private: bytes) -> None:
+        """Send `private` to this client only, after everything in the log so far."""
+        resume = self.splices[-1].resume if self.splices else self.cursor
         offset = max(resume, self.log.end)
-        self._splice(offset, data, offset)
+        self._add_splice(offset, private, offset)
 
     def exclude_newest(self) -> None:
         """Leave out the event that was appended just now; only for readers of the log."""
-        self._splice(self.log.newest_start, b"", self.log.end)
+        self._add_splice(self.log.newest_start, b"", self.log.end)
 
-    def _splice(self, offset: int, private: bytes, resume: int) -> None:
-        """Add a splice.  One without bytes, where the last one resumes, is merged into that."""
+    def _add_splice(self, offset: int, private: bytes, resume: int) -> None:
+        """Add a splice.  One without bytes, where the last one resumes, is merged with it."""
         if not self.is_discarding:
-            self.private_bytes += len(private)
-            if self.splices and self.splices[-1][2] == offset and not private:
-                self.splices[-1] = (*self.splices[-1][:2], resume)
+            self.private_size += len(private)
+            if self.splices and self.splices[-1].resume == offset and not private:
+                self.splices[-1].resume = resume
             else:
-                self.splices.append((offset, private, resume))
+                self.splices.append(Splice(offset, private, resume))
 
     def pending(self) -> memoryview:
-        """Everything pending, in order.  Release it before the log grows.
-
-        From UNREACHABLE on, a slice of the log is empty.
-        """
+        """Everything pending, in order; release it before the log grows."""
         log, cursor = self.log, self.cursor
         if not self.splices:
-            return memoryview(log.data)[cursor - log.start :]
+            return memoryview(log.data)[cursor - log.start :]  # empty from UNREACHABLE on
         with memoryview(log.data) as view:
             pieces: list[bytes | memoryview] = []
-            for offset, private, resume in self.splices:
-                pieces += (view[cursor - log.start : offset - log.start], private)
-                cursor = resume
+            for splice in self.splices:
+                pieces += (view[cursor - log.start : splice.offset - log.start], splice.private)
+                cursor = splice.resume
             pieces.append(view[cursor - log.start :])
             return memoryview(b"".join(pieces))
 
     def advance(self, sent: int) -> None:
         """Record that `sent` bytes were sent: log up to a splice, its private bytes, and so on."""
-        while self.splices and sent >= self.splices[0][0] - self.cursor:
-            offset, private, resume = self.splices.pop(0)
-            sent -= offset - self.cursor
-            self.cursor = resume  # what is left of `private` will come before it
-            self.private_bytes -= min(sent, len(private))
-            if sent < len(private):
-                self.splices.insert(0, (resume, private[sent:], resume))
+        while self.splices and sent >= self.splices[0].offset - self.cursor:
+            splice = self.splices[0]
+            sent -= splice.offset - self.cursor
+            self.cursor = splice.resume
+            taken = min(sent, len(splice.private))
+            self.private_size -= taken
+            if taken < len(splice.private):  # the rest comes before the new cursor
+                splice.offset, splice.private = self.cursor, splice.private[taken:]
                 return
-            sent -= len(private)
+            del self.splices[0]
+            sent -= taken
         self.cursor += sent
 
 
 # ---
 # 4. Protocol, Telnet
 
-class Control(Enum):
+class Marker(Enum):
     """What a protocol says besides lines."""
 
     OPENED = 0  # a WebSocket is open
-    TOO_LONG = 1  # in place of a line over LINE_LIMIT
+    TOO_LONG = 1  # in place of a line over LINE_BYTES_LIMIT
     DISCONNECT = 2  # Ctrl-C or Ctrl-D, or the protocol has ended
 
 
-OPENED, TOO_LONG, DISCONNECT = Control
-LineOrControl = Union[str, Control]
+OPENED, TOO_LONG, DISCONNECT = Marker
+Received = Union[str, Marker]
 
 
 class Protocol:
     """A protocol without sockets.
 
-    What was read is given to `feed`, in parts.  After each, `next` returns lines and controls until
+    What was read is given to `feed`, in parts.  After each, `next` returns lines and markers until
     it returns None.  After DISCONNECT there is only `finish`.
     """
 
@@ -320,7 +327,7 @@ class Protocol:
         raise NotImplementedError
 
     @property
-    def is_open(self) -> bool:
+    def accepts_events(self) -> bool:
         """Whether events can be sent: of Web, while a WebSocket is open."""
         return True
 
@@ -328,8 +335,8 @@ class Protocol:
         """Take what the peer sent; b"" is the end of the stream."""
         raise NotImplementedError
 
-    def next(self) -> LineOrControl | None:
-        """The next line or control; None if more must be fed first."""
+    def next(self) -> Received | None:
+        """The next line or marker; None if more must be fed first."""
         raise NotImplementedError
 
     def scan_for_interrupt(self, unfed: bytes) -> bool:
@@ -339,8 +346,8 @@ class Protocol:
         """
         return False
 
-    def finish(self, code: str) -> None:
-        """Reply what is sent last, after the `closing` event with this code, if there is one."""
+    def finish(self, closing_code: str) -> None:
+        """Reply what is sent last: after the `closing` event, if there is a code."""
 
     def take_replies(self) -> bytes:
         replies, self.replies = self.replies, b""
@@ -461,13 +468,13 @@ class Telnet(Protocol):
         self._incomplete = b""  # from `split_telnet_commands`
         self._scanned = 0  # bytes that `scan_for_interrupt` has seen, and that were not fed yet
         self._scan_incomplete = b""  # `_incomplete`, at their end
-        self._last_byte = b""  # of text; an LF after a CR ends no further line
+        self._last_plain_byte = b""  # of text; an LF after a CR ends no further line
         self._data = b""  # with "\n" for every line end
         self._consumed = 0  # bytes of `_data`
 
     @staticmethod
     def encode(event: Event) -> bytes:
-        return text_of(event).replace("\n", "\r\n").encode()
+        return render_text(event).replace("\n", "\r\n").encode()
 
     def feed(self, data: bytes) -> None:
         if not data:
@@ -477,8 +484,8 @@ class Telnet(Protocol):
         plain, self._incomplete, replies = split_telnet_commands(self._incomplete + data)
         if ending := LEAVING_KEY.search(plain):  # what comes after it is ignored
             plain = plain[: ending.end()]
-        after_cr = self._last_byte == b"\r"
-        self._last_byte = plain[-1:] or self._last_byte
+        after_cr = self._last_plain_byte == b"\r"
+        self._last_plain_byte = plain[-1:] or self._last_plain_byte
         if after_cr and plain[:1] in (b"\n", b"\0"):
             plain = plain[1:]  # that line has ended already
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
@@ -505,16 +512,16 @@ class Telnet(Protocol):
             self.replies += replies
         return CTRL_C in plain or CTRL_C in self._data
 
-    def next(self) -> LineOrControl | None:
+    def next(self) -> Received | None:
         start, end = self._consumed, self._data.find(b"\n", self._consumed)
         if end < 0:
             if self._data.endswith((CTRL_C, CTRL_D)):
                 return DISCONNECT
             # One byte over the limit is enough to see that a line is too long.
-            self._data, self._consumed = self._data[start : start + LINE_LIMIT + 1], 0
+            self._data, self._consumed = self._data[start : start + LINE_BYTES_LIMIT + 1], 0
             return None
         line, self._consumed = self._data[start:end], end + 1
-        return clean(decode_line(line)) if len(line) <= LINE_LIMIT else TOO_LONG
+        return clean(decode_line(line)) if len(line) <= LINE_BYTES_LIMIT else TOO_LONG
 
 
 # ---
@@ -523,24 +530,24 @@ class Telnet(Protocol):
 LOCALHOST = "localhost"
 
 
-class Host(NamedTuple):
-    """Where a client connects from: an address, and its network.
+class PeerAddress(NamedTuple):
+    """Where a client connects from: an IP address, and its network.
 
     Each is a source: it can be counted or banned as one.  Examples:
     ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), (LOCALHOST, LOCALHOST)
     """
 
-    address: str
+    ip: str
     network: str  # the address's IPv6 /64; the address itself, if it has none
 
     @property
     def sources(self) -> set[str]:
-        return {self.address, self.network}
+        return {self.ip, self.network}
 
 
 @functools.lru_cache
-def parse_host(text: str) -> Host:
-    """The host with this address; for an IPv6 /64, both are the /64.  May raise ValueError."""
+def parse_address(text: str) -> PeerAddress:
+    """`text` as an address; for an IPv6 /64, both are the /64.  May raise ValueError."""
     address_text, _, bits = text.partition("/")
     ip = ipaddress.ip_address(address_text.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
@@ -550,7 +557,7 @@ def parse_host(text: str) -> Host:
         network = str(ipaddress.ip_network((ip, 64), strict=False))
     if bits and not (has_network and bits == "64"):  # no other network can be banned
         raise ValueError(text)
-    return Host(network if bits else address, network)
+    return PeerAddress(network if bits else address, network)
 
 
 class Clock:
@@ -584,11 +591,11 @@ class TokenBucket:
         self.ready_at = max(self.ready_at, now - BURST_SECONDS) + tokens / self.rate
 
 
-SOURCE_RATE_FACTOR = 10  # times a client's rate: everyone from one source together
-LOCALHOST_RATE_FACTOR = 10  # times a source's rate: everyone from localhost together
-SPARE_CONNECTIONS = 16  # for departing clients, where the server is full
-SPARE_PER_SOURCE = 100  # the same, where too many are from one source
-QUOTAS_LIMIT = 10_000  # with a quota; more only while all are in use
+SOURCE_RATE_FACTOR = 10  # times a client's rate
+LOCALHOST_RATE_FACTOR = 10  # times a source's rate
+SERVER_SPARE_PLACES = 16  # for departing clients, where the server is full
+SOURCE_SPARE_PLACES = 100  # the same, for each source
+QUOTAS_LIMIT = 10_000  # more only while all are in use
 
 
 class Quota:
@@ -616,31 +623,30 @@ class State(Enum):
     """The state of a client: what changes it, to which, and where in the code.
 
     CONNECTING
-      telnet: at once; browser: a WebSocket    AWAITING_NAME  Chat.greet
-      browser: any other request, or none      CLOSING        Chat.handle
-      too many people, or a ban                CLOSING        Chat._reject_if_needed
+      telnet: at once; browser: a WebSocket  AWAITING_NAME  Chat.greet
+      browser: any other request, or none    CLOSING        Chat.handle
+      too many people, or a ban              CLOSING        Chat._reject_if_needed
     AWAITING_NAME
-      a valid name that is free                CHATTING       Chat._join
-      a fifth name that is invalid or taken    CLOSING        Chat._ask_for_name
-      a line that is too long, or HTTP         CLOSING        Chat._handle_name
-      too many people, or a ban                CLOSING        Chat._reject_if_needed
+      a valid name that is free              CHATTING       Chat._join
+      a fifth name that is invalid or taken  CLOSING        Chat._ask_for_name
+      a line too long, a web request, /quit  CLOSING        Chat._handle_name
+      too many people, or a ban              CLOSING        Chat._reject_if_needed
     CHATTING
-      kicked                                   CLOSING        Chat._kick
+      /quit, kicked                          CLOSING        Chat._quit, _kick
     all but CLOSING
-      /quit                                    CLOSING        Chat._quit, _handle_name
-      DISCONNECT                               CLOSING        Chat.handle
-      not in time                              CLOSING        Reactor._check_deadline
-      too far behind, an error, evicted        CLOSING        Reactor._abort
-      the server is stopped                    CLOSING        Reactor.stop
+      DISCONNECT                             CLOSING        Chat.handle
+      not in time                            CLOSING        Reactor._check_timeouts
+      too far behind, an error, evicted      CLOSING        Reactor._abort
+      the server is stopped                  CLOSING        Reactor.stop
     CLOSING
-      all is sent, and the peer has closed     closed         Reactor._reconcile
-      not in time, an error, evicted           closed         Reactor._abort, _evict_for
-      the server ends                          closed         Reactor.run
+      all is sent, and the peer has closed   closed         Reactor._reconcile
+      not in time, an error, evicted         closed         Reactor._abort, _evict_for
+      the server ends                        closed         Reactor.run
 
     The others are told when somebody becomes CHATTING, and when they no longer are: Chat.people
     are those.  Besides, a client may be
       over limit  from Limiter.add on: to be rejected instead of greeted
-      lost        from Reactor._lose on: nothing can be sent; what was read is processed
+      lost        from Reactor._mark_lost on: nothing can be sent; what was read is processed
       at EOF      from Reactor._read on: nothing more can be read
       departing   over limit, lost or CLOSING: it takes no place (Quota.departing)
       done        CLOSING, and nothing is pending: the peer has to close
@@ -671,8 +677,8 @@ class Client:
     """One connection, even one that only asks for the page."""
 
     sock: socket.socket  # for the reactor alone
-    host: Host  # Limiter.add sets these three
-    quota: Quota
+    address: PeerAddress  # Limiter.add sets these three
+    source_quota: Quota
     bucket: TokenBucket
 
     def __init__(self, peer_label: str, log: Log, now: float) -> None:
@@ -685,14 +691,14 @@ class Client:
         self.lost_reason = ""  # why nothing can be sent any more
         self.lost_at = NEVER
         self.name = ""
-        self.tries = 0  # to give a name: prompts so far
+        self.name_tries = 0  # prompts so far
         self.is_operator = False
         self.virtual_time = 0.0  # fair queueing: who has the lowest is served first
         # For the reactor
         self.read_buffer = b""  # read, but not fed to the protocol yet
-        self.unscanned = False  # something was read since the last scan for Ctrl-C
+        self.needs_scan = False  # something was read since the last scan for Ctrl-C
         self.eof = False  # the end of the stream was read
-        self.mask = 0  # of the events that the selector is asked for
+        self.watched_mask = 0  # of the events that the selector is asked for
         self.silent_ticks = 0  # since the peer sent anything, while nothing was pending
 
     def enter(self, state: State, now: float) -> None:
@@ -709,7 +715,7 @@ class Client:
 
     @property
     def is_departing(self) -> bool:
-        """Whether it takes no place any more."""
+        """Whether it takes no place; `Limiter.mark_departing` notes it."""
         return bool(self.over_limit_code or self.lost_reason) or self.state is CLOSING
 
     @property
@@ -723,40 +729,40 @@ class Limiter:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.clock = clock
         self.settings = settings
-        self.server_quota = Quota(settings.max_connections, SPARE_CONNECTIONS)
+        self.server_quota = Quota(settings.max_connections, SERVER_SPARE_PLACES)
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
-        self.own_networks: set[str] = set()  # those of our addresses that were connected to
+        self.own_networks: set[str] = set()  # of our addresses, as far as used
 
-    def add(self, client: Client, address: str) -> None:
+    def add(self, client: Client, ip_text: str) -> None:
         """Count a connection from an address; set `over_limit_code` if there are too many.
 
         One that a proxy has made is added again, with the address that it tells.
         """
         client.over_limit_code = ""
-        client.host = parse_host(address)
-        client.quota = self.quota_for(self.counted_source(client.host))
+        client.address = parse_address(ip_text)
+        client.source_quota = self.quota_for(self.source_for(client.address))
         client.bucket = TokenBucket(self.settings.rate)
-        for quota, code in ((client.quota, "crowded"), (self.server_quota, "full")):
+        for quota, closing_code in ((client.source_quota, "crowded"), (self.server_quota, "full")):
             quota.connection_count += 1
             if quota.limit and quota.free_places < 0:
-                client.over_limit_code = code
-        if client.is_departing:  # lost, if it is added again
+                client.over_limit_code = closing_code
+        if client.is_departing:  # over the limit, or lost before it was added again
             self.mark_departing(client)
         if self.settings.rate:  # anyone who reconnects must not be served first
             self._raise_virtual_time(client, JOIN_TOKENS)
 
-    def counted_source(self, host: Host) -> str:
+    def source_for(self, address: PeerAddress) -> str:
         """The source that is counted: an IPv6 /64, but in our own networks the address."""
-        return host.address if host.network in self.own_networks else host.network
+        return address.ip if address.network in self.own_networks else address.network
 
     def mark_departing(self, client: Client) -> None:
         """Stop counting a connection: it ends when its input is processed, or all is sent."""
-        for quota in (self.server_quota, client.quota):
+        for quota in (self.server_quota, client.source_quota):
             quota.departing[client] = None
 
     def remove(self, client: Client) -> None:
-        for quota in (self.server_quota, client.quota):
+        for quota in (self.server_quota, client.source_quota):
             quota.connection_count -= 1
             quota.departing.pop(client, None)
 
@@ -764,17 +770,17 @@ class Limiter:
         """The quota of a source; a new one if there is none."""
         if source not in self.quotas:
             if len(self.quotas) >= QUOTAS_LIMIT:
-                idle = (key for key, quota in self.quotas.items() if not quota.connection_count)
+                idle = (each for each, quota in self.quotas.items() if not quota.connection_count)
                 self.quotas.pop(next(idle, ""), None)
             limit, rate = self.settings.max_per_address, self.settings.rate * SOURCE_RATE_FACTOR
             if source == LOCALHOST:
                 limit, rate = 0, rate * LOCALHOST_RATE_FACTOR
-            self.quotas[source] = Quota(limit, SPARE_PER_SOURCE, rate)
+            self.quotas[source] = Quota(limit, SOURCE_SPARE_PLACES, rate)
         return self.quotas[source]
 
     def pick_to_evict(self, client: Client) -> Client | None:
         """A departing connection to close, if too many are like this one; else None."""
-        for quota in (self.server_quota, client.quota):
+        for quota in (self.server_quota, client.source_quota):
             if len(quota.departing) > quota.departing_limit:
                 # First those who are done; among equals, the one who has used most.
                 return max(quota.departing, key=lambda other: (other.is_done, other.virtual_time))
@@ -784,16 +790,16 @@ class Limiter:
         """Take tokens from a client and its source."""
         if self.settings.rate:
             client.bucket.spend(tokens, self.clock.now)
-            client.quota.bucket.spend(tokens, self.clock.now)
+            client.source_quota.bucket.spend(tokens, self.clock.now)
             self._raise_virtual_time(client, tokens)
 
     def _raise_virtual_time(self, client: Client, tokens: float) -> None:
         """Raise `virtual_time`: for 1 token by 0.1 s, if its share of the source is 10/s."""
-        share = client.quota.bucket.rate / client.quota.connection_count
+        share = client.source_quota.bucket.rate / client.source_quota.connection_count
         client.virtual_time = max(client.virtual_time, self.clock.now) + tokens / share
 
     def tick(self) -> None:
-        """Forget the quotas that hold nothing to remember, and the bans that are over."""
+        """Forget quotas that are as good as new, and bans that are over."""
         for source, quota in list(self.quotas.items()):
             bucket_is_full = quota.bucket.ready_at + BURST_SECONDS <= self.clock.now
             if bucket_is_full and not quota.connection_count:
@@ -821,17 +827,17 @@ class History:
     """The last lines that were said, for newcomers."""
 
     def __init__(self, limit: int) -> None:
-        self._lines: deque[tuple[Event, Host]] = deque(maxlen=limit)
+        self._entries: deque[tuple[Event, PeerAddress]] = deque(maxlen=limit)
         self._encoded: dict[type[Protocol], bytes] = {}  # a cache, until the next line
 
-    def append(self, event: Event, host: Host) -> None:
-        self._lines.append((event, host))
+    def append(self, event: Event, address: PeerAddress) -> None:
+        self._entries.append((event, address))
         self._encoded.clear()
 
     def forget(self, source: str) -> None:
         """Drop the lines that came from an address or a /64."""
-        lines = [(event, host) for event, host in self._lines if source not in host.sources]
-        self._lines = deque(lines, self._lines.maxlen)
+        entries = [entry for entry in self._entries if source not in entry[1].sources]
+        self._entries = deque(entries, self._entries.maxlen)
         self._encoded.clear()
 
     def encode(self, protocol_class: type[Protocol]) -> bytes:
@@ -839,7 +845,7 @@ class History:
         if protocol_class not in self._encoded:
             events: deque[Event] = deque()
             size = 0
-            for event, _ in reversed(self._lines):
+            for event, _ in reversed(self._entries):
                 size += len(protocol_class.encode(event))
                 if size > HISTORY_BYTES_LIMIT:
                     break
@@ -929,10 +935,9 @@ def command(
     return register
 
 
-TRIES_LIMIT = 5  # to give a name
+NAME_TRIES_LIMIT = 5
 FORMER_NAMES_LIMIT = 10_000
 FORMER_NAME_SECONDS = 3600.0  # how long a name given up finds its last owner
-DEFAULT_BAN_MINUTES = 60
 BAN_MINUTES_LIMIT = 525_600
 BANS_LIMIT = 1000
 
@@ -943,25 +948,25 @@ class Chat:
     def __init__(self, protocol_classes: Iterable[type[Protocol]], limiter: Limiter) -> None:
         self.limiter = limiter
         self.settings, self.clock = limiter.settings, limiter.clock
-        self.room_id = os.urandom(8).hex()  # tells this run of the server from others
+        self.run_id = os.urandom(8).hex()  # tells this run of the server from others
         self.logs = {each: Log(each) for each in protocol_classes}
         self.history = History(self.settings.history)
         self.people: dict[str, Client] = {}  # those who are chatting, by name_key
         # The reactor takes these two, and empties them.
         self.to_reconcile: dict[Client, None] = {}
-        self.new_bytes = 0  # of events and private bytes, in this iteration
+        self.appended_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
         # When it was given up, its name_key, its owner.
         self._former_names: deque[tuple[float, str, Client]] = deque(maxlen=FORMER_NAMES_LIMIT)
         self._ignorers: defaultdict[Client, set[Client]] = defaultdict(set)  # of each client
 
     # The state machine
-    def handle(self, client: Client, received: LineOrControl) -> None:
-        """Do what a line or control means in this state: see State."""
+    def handle(self, client: Client, received: Received) -> None:
+        """Do what a line or marker means in this state: see State."""
         self.limiter.charge(client, LINE_TOKENS)
         try:
             if received is DISCONNECT:
-                self.disconnect(client, reason=client.lost_reason or "the connection ended")
+                self.start_closing(client, reason=client.lost_reason or "the connection ended")
             elif received is OPENED:
                 self.greet(client)
             elif client.state is AWAITING_NAME:
@@ -975,18 +980,19 @@ class Chat:
             if client.state is AWAITING_NAME:
                 self._ask_for_name(client)
 
-    def _handle_name(self, client: Client, line: LineOrControl) -> None:
-        if not isinstance(line, str) or HTTP_REQUEST.match(line):  # a web request, long or not
-            self.disconnect(client, "tries", reason="sent no name")
-        elif COMMANDS.get(line.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
-            self.disconnect(client, reason="quit")
+    def _handle_name(self, client: Client, received: Received) -> None:
+        if not isinstance(received, str) or HTTP_REQUEST.match(received):  # long or not
+            self.start_closing(client, "no_name")
+        elif COMMANDS.get(received.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
+            self.start_closing(client, reason="quit")
         else:
-            self._join(client, line)
+            self._join(client, received)
 
-    def _handle_line(self, client: Client, line: LineOrControl) -> None:
-        if not isinstance(line, str):  # TOO_LONG
-            text = f"A line has at most {LINE_LIMIT} bytes; yours was not sent."
+    def _handle_line(self, client: Client, received: Received) -> None:
+        if not isinstance(received, str):  # TOO_LONG
+            text = f"A line has at most {LINE_BYTES_LIMIT} bytes; yours was not sent."
             raise Refused(text, "too_long")
+        line = received
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op{match[1]}"
         body = line.lstrip()
@@ -1007,21 +1013,16 @@ class Chat:
         their screen shows it already (not ECHOES_OWN_LINES).
         """
         self._last_id += 1
-        event = {
-            "type": event_type,
-            "id": self._last_id,
-            "at": self.clock.wall_time,
-            "name": client.name,
-            **fields,
-        }
+        at = self.clock.wall_time
+        event = {"type": event_type, "id": self._last_id, "at": at, "name": client.name, **fields}
         for log in self.logs.values():
             if log.readers:
                 data = log.protocol_class.encode(event)
                 log.append(data)
-                self.new_bytes += len(data)
-        if event_type in SPOKEN:
+                self.appended_bytes += len(data)
+        if event_type in SPOKEN_TYPES:
             if self.settings.history:
-                self.history.append(event, client.host)
+                self.history.append(event, client.address)
             if not client.protocol.ECHOES_OWN_LINES:
                 client.outbox.exclude_newest()
             for ignorer in self._ignorers.get(client, ()):
@@ -1033,7 +1034,7 @@ class Chat:
     def send_raw(self, client: Client, data: bytes) -> None:
         if data:
             client.outbox.append_private(data)
-            self.new_bytes += len(data)
+            self.appended_bytes += len(data)
             self.to_reconcile[client] = None
 
     # Joining and leaving
@@ -1046,32 +1047,26 @@ class Chat:
             self.limiter.add(client, address)
         if not self._reject_if_needed(client):
             client.enter(AWAITING_NAME, self.clock.now)
-            self.send(
-                client,
-                "greeting",
-                protocol=PROTOCOL_VERSION,
-                banner=BANNER,
-                text=self.settings.greeting,
-                room=self.room_id,
-                max_line=LINE_LIMIT,
-            )
+            fields = {"banner": BANNER, "text": self.settings.greeting, "room": self.run_id}
+            version, size = PROTOCOL_VERSION, LINE_BYTES_LIMIT
+            self.send(client, "greeting", protocol=version, **fields, max_line=size)
             self._ask_for_name(client)
 
     def _ask_for_name(self, client: Client) -> None:
-        if client.tries == TRIES_LIMIT:
-            self.disconnect(client, "tries")
+        if client.name_tries == NAME_TRIES_LIMIT:
+            self.start_closing(client, "tries")
         else:
-            client.tries += 1
+            client.name_tries += 1
             self.send(client, "prompt", text=PROMPT)
 
     def _reject_if_needed(self, client: Client) -> bool:
         """Disconnect a client that may not join; returns whether it did."""
-        minutes = self.limiter.banned_minutes(*client.host.sources)
+        minutes = self.limiter.banned_minutes(*client.address.sources)
         is_full = 0 < self.settings.max_people <= len(self.people)
-        code = "banned" if minutes else "full" if is_full else client.over_limit_code
-        if code:
-            self.disconnect(client, code, minutes=minutes)
-        return bool(code)
+        closing_code = "banned" if minutes else "full" if is_full else client.over_limit_code
+        if closing_code:
+            self.start_closing(client, closing_code, minutes=minutes)
+        return bool(closing_code)
 
     def _join(self, client: Client, text: str) -> None:
         """Let a client join under the name in `text`, or reject it; raises Refused."""
@@ -1089,11 +1084,13 @@ class Chat:
             self.send_raw(client, self.history.encode(type(client.protocol)))
         logger.info("%s joined from %s (%d here)", name, client.peer_label, len(self.people))
 
-    def disconnect(self, client: Client, code: str = "", reason: str = "", **fields: Any) -> None:
+    def start_closing(
+        self, client: Client, closing_code: str = "", reason: str = "", **fields: Any
+    ) -> None:
         """Close a client's connection when everything pending is sent, and tell the others.
 
-        A `code` is that of a `closing` event for the client, with the text in CLOSING_TEXT, which
-        is filled with `fields`.  Where there is none, the server log gets a `reason`.
+        With a `closing_code`, the client is told: `fields` are filled into its CLOSING_TEXT.  The
+        server log gets the `reason`, or else the code.
         """
         was_chatting = client.state is CHATTING
         client.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
@@ -1105,18 +1102,16 @@ class Chat:
             self._ignorers.pop(client, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(client)
-            if code == "kicked":
-                self.publish("kicked", client, **fields)
-            else:
-                self.publish("quit", client)
-            how = f"{reason or code} ({client.peer_label}, {len(self.people)} here)"
+            self.publish("kicked" if closing_code == "kicked" else "quit", client, **fields)
+            how = f"{reason or closing_code} ({client.peer_label}, {len(self.people)} here)"
             logger.info("%s left: %s", client.name, how)
         else:
-            logger.debug("%s left before joining: %s", client.peer_label, reason or code)
+            logger.debug("%s left before joining: %s", client.peer_label, reason or closing_code)
         self.limiter.mark_departing(client)
-        if code and client.protocol.is_open:
-            self.send(client, "closing", code=code, text=CLOSING_TEXT[code].format_map(fields))
-        client.protocol.finish(code)
+        if closing_code and client.protocol.accepts_events:
+            text = CLOSING_TEXT[closing_code].format_map(fields)
+            self.send(client, "closing", code=closing_code, text=text)
+        client.protocol.finish(closing_code)
         self.send_raw(client, client.protocol.take_replies())
 
     # Names
@@ -1144,20 +1139,20 @@ class Chat:
                     return client
         raise Refused(f"Nobody here is called {name}.")
 
-    def _host_of(self, target: str) -> Host:
-        """The host for an address, an IPv6 /64 or a name; raises Refused."""
+    def _address_of(self, target: str) -> PeerAddress:
+        """The address of a name, or `target` itself, also an IPv6 /64; raises Refused."""
         try:
-            return parse_host(target)
+            return parse_address(target)
         except ValueError:
-            return self._find(target, former=True).host
+            return self._find(target, former=True).address
 
     # Commands
     def _run_command(self, client: Client, line: str) -> None:
         words = line.split(None, 1)
-        name, rest = words[0].lower(), "".join(words[1:])
-        entry = COMMANDS.get(name)
+        command_name, rest = words[0].lower(), "".join(words[1:])
+        entry = COMMANDS.get(command_name)
         if not entry or (entry.operators_only and not client.is_operator):
-            raise Refused(f"Unknown command {name}; try /help.", "unknown_command")
+            raise Refused(f"Unknown command {command_name}; try /help.", "unknown_command")
         _, *parameters = entry.usage.split()
         arguments = rest.strip().split(None, len(parameters) - 1) if parameters else []
         if len(arguments) < sum(each[0] != "[" for each in parameters):
@@ -1167,8 +1162,8 @@ class Chat:
     @command("/help", "show this list")
     def _help(self, client: Client) -> None:
         commands = dict.fromkeys(COMMANDS.values())  # aliases left out
-        may_run = [each for each in commands if client.is_operator or not each.operators_only]
-        rows = [[each.usage, each.summary] for each in may_run if each.summary]
+        allowed = [each for each in commands if client.is_operator or not each.operators_only]
+        rows = [[each.usage, each.summary] for each in allowed if each.summary]
         rows.append(["//TEXT", "say a line that starts with a slash"])  # see _handle_line
         self.send(client, "help", commands=rows)
 
@@ -1176,7 +1171,7 @@ class Chat:
     def _who(self, client: Client) -> None:
         rows: list[Event] = []
         for _, other in sorted(self.people.items()):
-            address = {"address": other.host.address} if client.is_operator else {}
+            address = {"address": other.address.ip} if client.is_operator else {}
             rows.append({"name": other.name, "operator": other.is_operator, **address})
         data = client.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(client, len(data) / WHO_BYTES_PER_TOKEN)
@@ -1191,7 +1186,7 @@ class Chat:
         other = self._find(name)
         fields = {"at": self.clock.wall_time, "from": client.name, "to": other.name, "text": text}
         if other is not client and other not in self._ignorers.get(client, ()):
-            if other.outbox.private_bytes > WHISPER_PENDING_LIMIT:
+            if other.outbox.private_size > PRIVATE_LIMIT_FOR_WHISPERS:
                 raise Refused(f"{other.name} has too much to read; your line was not sent.")
             self.send(other, "whisper", **fields)
         self.send(client, "whisper", **fields)
@@ -1224,7 +1219,7 @@ class Chat:
 
     @command("/quit", "leave the chat", "/exit", "/bye", "/q")
     def _quit(self, client: Client) -> None:
-        self.disconnect(client, reason="quit")
+        self.start_closing(client, reason="quit")
 
     @command("/op PASSWORD", "")
     def _op(self, client: Client, password: str) -> None:
@@ -1233,27 +1228,27 @@ class Chat:
         if hmac.compare_digest(password.encode(), self.settings.password.encode()):
             client.is_operator = True
             logger.info("%s is an operator (%s)", client.name, client.peer_label)
-            self.send(client, "notice", text="You are an operator now; /help shows what that is.")
+            self.send(client, "notice", text="You are an operator now; see /help.")
             return
         logger.info("%s gave a wrong password (%s)", client.name, client.peer_label)
         self.limiter.charge(client, WRONG_PASSWORD_TOKENS)
         raise Refused("That is not the password.")
 
     @command("/kick NAME [WHY]", "remove somebody", operators_only=True)
-    def _kick(self, client: Client, name: str, why: str = "no reason given") -> None:
+    def _kick(self, client: Client, name: str, reason: str = "no reason given") -> None:
         other = self._find(name, former=True)
         if other.state is not CHATTING:
             raise Refused(f"{name} has left already.")
         logger.info("%s kicked %s (%s)", client.name, other.name, client.peer_label)
-        self.disconnect(other, "kicked", by=client.name, text=why)
+        self.start_closing(other, "kicked", by=client.name, text=reason)
 
     @command("/ban NAME [MINUTES]", "kick and ban; NAME may be an address", operators_only=True)
-    def _ban(self, client: Client, target: str, duration: str = str(DEFAULT_BAN_MINUTES)) -> None:
-        source = self.limiter.counted_source(self._host_of(target))
+    def _ban(self, client: Client, target: str, duration: str = "60") -> None:
+        source = self.limiter.source_for(self._address_of(target))
         minutes = int(duration) if duration.isdecimal() else 0
         if not 1 <= minutes <= BAN_MINUTES_LIMIT:
             raise Refused(f"A ban lasts from 1 to {BAN_MINUTES_LIMIT} minutes.", "usage")
-        if source == LOCALHOST or source in client.host.sources:
+        if source == LOCALHOST or source in client.address.sources:
             raise Refused("Neither localhost nor your own address can be banned; use /kick.")
         if source not in self.limiter.bans and len(self.limiter.bans) >= BANS_LIMIT:
             raise Refused(f"There are {BANS_LIMIT} bans already; /unban ends one.")
@@ -1263,9 +1258,7 @@ class Chat:
         with suppress(Refused):  # nobody to kick: it is an address, or they have left
             self._kick(client, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", client.name, source, minutes)
-        here = sum(source in other.host.sources for other in self.people.values())
-        text = f"{source} is banned for {minutes} min; still here from there: {here}."
-        self.send(client, "notice", text=text)
+        self.send(client, "notice", text=f"{source} is banned for {minutes} min.")
 
     @command("/bans", "show the banned addresses", operators_only=True)
     def _bans(self, client: Client) -> None:
@@ -1277,7 +1270,7 @@ class Chat:
 
     @command("/unban ADDRESS", "end a ban", operators_only=True)
     def _unban(self, client: Client, target: str) -> None:
-        sources = self._host_of(target).sources
+        sources = self._address_of(target).sources
         ended = sorted(source for source in sources if self.limiter.bans.pop(source, None))
         if not ended:
             raise Refused(f"{target} is not banned.")
@@ -1299,11 +1292,11 @@ STALL_RECOVERY = 0.2  # seconds regained per second without a pause
 
 TICK_SECONDS = 1.0  # between two checks of all deadlines
 PROCESS_SECONDS = 0.05  # for processing input in one iteration
-POLL_SECONDS = 0.05  # the shortest wait for tokens, and for another try to send to those who lag
+POLL_SECONDS = 0.05  # the shortest wait for tokens, or to send again to those who lag
 SHUTDOWN_SECONDS = 2.0  # to send what is pending, and for the peers to close
 PING_TICKS = 30  # of silence before each WebSocket ping; time when we did not run does not count
 SILENT_TICKS_LIMIT = 4 * PING_TICKS  # with no answer to the pings: the peer is lost
-ACCEPT_BATCH = 64  # connections accepted from a listener in one iteration
+ACCEPT_BATCH = 64  # accepted from a listener in one iteration
 READ_SIZE = 16 << 10  # bytes: one recv
 READ_AHEAD = 64 << 10  # bytes read from a client whose input waits
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -1332,10 +1325,10 @@ class Reactor:
     `_reconcile` does what follows from a connection's state; `_guard` confines an error to one.
     How connections end:
 
-        Chat.disconnect  CLOSING; what is pending is sent, and nothing more is processed
-        _lose            lost; what was read is processed up to EOF, then Chat.disconnect
-        _abort           Chat.disconnect, and _close with a reset
-        _close           forgotten: all end here, those that are done when the peer has closed
+        Chat.start_closing  CLOSING; what is pending is sent, and nothing more is processed
+        _mark_lost          lost; what was read is processed up to EOF, then start_closing
+        _abort              start_closing, and _close with a reset
+        _close              forgotten: all end here, those that are done when the peer has closed
     """
 
     def __init__(
@@ -1350,7 +1343,7 @@ class Reactor:
         self.clock = Clock(read_clock)
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
-        self.connections: dict[Client, None] = {}  # all, in order of arrival
+        self.clients: dict[Client, None] = {}  # in order of arrival
         self.with_input: dict[Client, None] = {}  # those with unprocessed input
         self.blocked: dict[Client, None] = {}  # those whose socket is full
         self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
@@ -1361,7 +1354,7 @@ class Reactor:
     def run(self) -> bool:
         """Serve until stopped; returns False if an error stopped the server."""
         ok = True
-        while self.listeners or (self.connections and self.clock.now < self.ends_at):
+        while self.listeners or (self.clients and self.clock.now < self.ends_at):
             try:
                 self.run_once()
             except Exception:
@@ -1370,7 +1363,7 @@ class Reactor:
                     break
                 ok = False
                 self.stop()
-        for client in list(self.connections):
+        for client in list(self.clients):
             self._close(client)
         return ok
 
@@ -1385,14 +1378,14 @@ class Reactor:
             self.listeners.clear()
             for log in self.chat.logs.values():
                 log.readers.clear()  # nobody reads that the others left
-            for client in list(self.connections):
+            for client in list(self.clients):
                 if client.state is not CLOSING:
-                    self._guard(self.chat.disconnect, client, "shutdown")
+                    self._guard(self.chat.start_closing, client, "shutdown")
 
     # The event loop
     def run_once(self) -> None:
         """One iteration; waits for something to do."""
-        selected = self.selector.select(self._timeout())
+        selected = self.selector.select(self._select_timeout())
         self.clock.advance()
         for key, mask in selected:
             if isinstance(key.data, Client):
@@ -1402,7 +1395,7 @@ class Reactor:
         self._process_all_input()
         for log in self.chat.logs.values():
             self._broadcast(log)
-        self.chat.new_bytes = 0
+        self.chat.appended_bytes = 0
         to_reconcile, self.chat.to_reconcile = self.chat.to_reconcile, {}
         for client in to_reconcile:
             self._guard(self._reconcile, client)
@@ -1414,18 +1407,17 @@ class Reactor:
             cursors = [client.outbox.cursor for client in self.blocked if client.outbox.log is log]
             log.trim(min([log.broadcast_end, *cursors]))
 
-    def _timeout(self) -> float:
+    def _select_timeout(self) -> float:
         """Seconds to wait for sockets: until tokens are there, or something is due."""
-        if self.chat.to_reconcile or self.chat.new_bytes:  # by `_tick`, for example
+        if self.chat.to_reconcile or self.chat.appended_bytes:  # by `_tick`, for example
             return 0
-        until = min(map(self._input_ready_at, self.with_input), default=NEVER)
-        if until > self.clock.now:  # wake up for a few tokens, not for each
-            until = max(until, self.clock.now + POLL_SECONDS)
+        input_at = min(map(self._input_ready_at, self.with_input), default=NEVER)
+        if input_at > self.clock.now:  # wake up for a few tokens, not for each
+            input_at = max(input_at, self.clock.now + POLL_SECONDS)
         poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
-        return max(0, min(until, poll_at, self.tick_at, self.ends_at) - self.clock.read())
+        return max(0, min(input_at, poll_at, self.tick_at, self.ends_at) - self.clock.read())
 
     def _on_io(self, client: Client, mask: int) -> None:
-        """Read, or try to send again."""
         self.chat.to_reconcile[client] = None
         if mask & WRITE:
             self.blocked.pop(client, None)
@@ -1440,7 +1432,7 @@ class Reactor:
                 return
             if self._input_ready_at(client) <= self.clock.now:
                 self._guard(self._process_input, client)
-            if client.unscanned and self._input_ready_at(client) > self.clock.now:
+            if client.needs_scan and self._input_ready_at(client) > self.clock.now:
                 self._guard(self._scan_for_interrupt, client)
 
     def _broadcast(self, log: Log) -> None:
@@ -1485,8 +1477,8 @@ class Reactor:
         self.tick_at = self.clock.now + TICK_SECONDS
         self._register_listeners()
         self.limiter.tick()
-        for client in list(self.connections):
-            self._guard(self._check_deadline, client)
+        for client in list(self.clients):
+            self._guard(self._check_timeouts, client)
 
     def _register_listeners(self) -> None:
         """Listen: at first, and again after an error."""
@@ -1497,18 +1489,18 @@ class Reactor:
                     accept = functools.partial(self._accept, listener)
                     self.selector.register(listener, READ, accept)
 
-    def _check_deadline(self, client: Client) -> None:
+    def _check_timeouts(self, client: Client) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
-        ping = client.protocol.PING_DATA if client.protocol.is_open else b""
+        ping = client.protocol.PING_DATA if client.protocol.accepts_events else b""
         if self.clock.now >= client.deadline:
             if client.state is CLOSING or client.lost_reason:
                 self._abort(client, "lost for too long")  # a CLOSING one needs no reason
             else:
-                self.chat.disconnect(client, "timeout")
+                self.chat.start_closing(client, "timeout")
         elif ping and not client.outbox.has_pending and client not in self.with_input:
             client.silent_ticks += 1
             if client.silent_ticks >= SILENT_TICKS_LIMIT:
-                self._lose(client, "it answers no ping")
+                self._mark_lost(client, "it answers no ping")
             elif client.silent_ticks % PING_TICKS == 0:
                 self.chat.send_raw(client, ping)
 
@@ -1531,11 +1523,11 @@ class Reactor:
             peer_label = f"{re.sub('^::ffff:', '', address)} port {port}"  # without IPv6's prefix
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the peer is gone again
-                self.limiter.own_networks.add(parse_host(sock.getsockname()[0]).network)
+                self.limiter.own_networks.add(parse_address(sock.getsockname()[0]).network)
             client = Client(peer_label, log, self.clock.now)
             client.sock = sock
             self.limiter.add(client, address)
-            self.connections[client] = None
+            self.clients[client] = None
             self._guard(self._set_up, client)
 
     def _set_up(self, client: Client) -> None:
@@ -1544,9 +1536,9 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        is_local = client.host.address == LOCALHOST
+        is_local = client.address.ip == LOCALHOST
         protocol.trusts_forwarded_for = is_local and self.limiter.settings.behind_proxy
-        if protocol.is_open:
+        if protocol.accepts_events:
             self.chat.greet(client)
         self._reconcile(client)
         self._evict_for(client)
@@ -1562,7 +1554,7 @@ class Reactor:
     # One connection
     def _guard(self, step: Callable[..., None], client: Client, *arguments: Any) -> None:
         """Take a step with one connection; if it fails, drop that one alone."""
-        if client not in self.connections:
+        if client not in self.clients:
             return
         try:
             step(client, *arguments)
@@ -1572,16 +1564,16 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", client.peer_label)
             reason = "an internal error"
-        # Not in `except`: its traceback keeps a view of the log.  If this fails, the next try finds
-        # the state CLOSING, and the one after it no connection.
+        # Not in `except`: its traceback keeps a view of the log.  If this fails, too, the next
+        # `_abort` only has to close, and the one after it finds no client.
         self._guard(self._abort, client, reason)
 
     def _input_ready_at(self, client: Client) -> float:
         """When this client's input may be processed; NEVER if something must change first."""
-        over_private_limit = client.outbox.private_bytes > PRIVATE_PENDING_LIMIT
-        if self.paused or over_private_limit or self.chat.new_bytes > LAG_LIMIT:
+        over_private_limit = client.outbox.private_size > PRIVATE_LIMIT_FOR_INPUT
+        if self.paused or over_private_limit or self.chat.appended_bytes > LAG_LIMIT:
             return NEVER
-        return max(client.bucket.ready_at, client.quota.bucket.ready_at)
+        return max(client.bucket.ready_at, client.source_quota.bucket.ready_at)
 
     def _read(self, client: Client) -> None:
         """Read ahead; `_reconcile` watches for READ only while there is space."""
@@ -1590,13 +1582,13 @@ class Reactor:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(client, error.strerror)  # what it sent before is still said
+            self._mark_lost(client, error.strerror)  # what it sent before is still said
             data = b""
         client.silent_ticks = 0
         client.eof = not data
         if client.state is not CLOSING:
             client.read_buffer += data
-            client.unscanned = True
+            client.needs_scan = True
             self.with_input[client] = None
 
     def _process_input(self, client: Client) -> None:
@@ -1624,12 +1616,12 @@ class Reactor:
             else:
                 data, client.read_buffer = client.read_buffer[:size], client.read_buffer[size:]
                 self.limiter.charge(client, len(data) / BYTES_PER_TOKEN)
-                protocol.feed(data)  # b"" is the end of the stream
+                protocol.feed(data)
                 was_fed = True
 
     def _scan_for_interrupt(self, client: Client) -> None:
         """Look for Ctrl-C in input that has to wait.  If there is one, the input is dropped."""
-        client.unscanned = False
+        client.needs_scan = False
         if client.state is not CLOSING and client.protocol.scan_for_interrupt(client.read_buffer):
             self.chat.send_raw(client, client.protocol.take_replies())
             self.chat.handle(client, DISCONNECT)
@@ -1666,9 +1658,9 @@ class Reactor:
             except BlockingIOError:
                 pass  # the socket's buffer is full
             except OSError as error:
-                self._lose(client, error.strerror)
+                self._mark_lost(client, error.strerror)
 
-    def _lose(self, client: Client, reason: str | None) -> None:
+    def _mark_lost(self, client: Client, reason: str | None) -> None:
         """Send nothing more: the peer has missed something.
 
         What was read is still processed.  After the shutdown, recv() returns EOF.
@@ -1681,24 +1673,24 @@ class Reactor:
                 client.sock.shutdown(socket.SHUT_RDWR)
 
     def _watch(self, client: Client, mask: int) -> None:
-        if mask != client.mask:
-            if client.mask:
+        if mask != client.watched_mask:
+            if client.watched_mask:
                 self.selector.unregister(client.sock)
-            client.mask = mask
+            client.watched_mask = mask
             if mask:
                 self.selector.register(client.sock, mask, client)
 
     def _abort(self, client: Client, reason: str) -> None:
         """End a connection at once; what is pending is lost."""
         if client.state is not CLOSING:
-            self.chat.disconnect(client, reason=reason)
+            self.chat.start_closing(client, reason=reason)
         # After a plain close the kernel keeps a full send buffer for two minutes (tcp(7)).
         with suppress(OSError):  # it is closed next
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._close(client)
 
     def _close(self, client: Client) -> None:
-        for collection in (self.connections, self.with_input, self.blocked):
+        for collection in (self.clients, self.with_input, self.blocked):
             collection.pop(client, None)
         self.limiter.remove(client)
         with suppress(OSError, KeyError):  # it failed, or is not registered
@@ -1716,8 +1708,8 @@ class Reactor:
 HEAD_LIMIT = 8 << 10  # bytes of a request
 # A request's head (RFC 9112, sections 3 and 5).  Only what we use of it is checked.
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-HEADER = r"\r?\n([^\s:]+):([^\r\n]*)"
-REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{HEADER})*)")
+HEADER_PATTERN = r"\r?\n([^\s:]+):([^\r\n]*)"
+REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{HEADER_PATTERN})*)")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
@@ -1732,15 +1724,16 @@ def parse_request(head: bytes) -> tuple[str, str, dict[str, str]]:
     if not request:
         raise ValueError
     method, target, lines = request.group(1, 2, 3)
-    headers = {name.lower(): value.strip() for name, value in re.findall(HEADER, lines)}
+    headers = {name.lower(): value.strip() for name, value in re.findall(HEADER_PATTERN, lines)}
     return method, target.partition("?")[0], headers
 
 
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
-CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+CONTINUATION_FRAME, TEXT_FRAME, BINARY_FRAME = 0x0, 0x1, 0x2
+CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x8, 0x9, 0xA
 FIN_BIT, RSV_BITS, MASK_BIT = 0x80, 0x70, 0x80
 # Close codes (RFC 6455, section 7.4.1): going away, and try again later.
-CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}
+WEBSOCKET_CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -1762,7 +1755,7 @@ def unmask(payload: bytes, masking_key: bytes) -> bytes:
 
 
 class Phase(Enum):
-    """REQUEST is followed by WEBSOCKET, if it asks for one, or ENDED; WEBSOCKET by ENDED."""
+    """REQUEST, then WEBSOCKET if it asks for one, then ENDED."""
 
     REQUEST, WEBSOCKET, ENDED = range(3)
 
@@ -1777,7 +1770,7 @@ class Web(Protocol):
     """
 
     ECHOES_OWN_LINES = True  # as a confirmation
-    PING_DATA = encode_frame(PING, b"")
+    PING_DATA = encode_frame(PING_FRAME, b"")
 
     def __init__(self) -> None:
         self._phase = REQUEST
@@ -1791,14 +1784,14 @@ class Web(Protocol):
         return encode_frame(TEXT_FRAME, encode_json(event).encode())
 
     @property
-    def is_open(self) -> bool:
+    def accepts_events(self) -> bool:
         return self._phase is WEBSOCKET
 
     def feed(self, data: bytes) -> None:
         self._data += data
         self._eof = not data
 
-    def next(self) -> LineOrControl | None:
+    def next(self) -> Received | None:
         if self._phase is REQUEST:
             return self._parse_head()
         while not self._lines:
@@ -1808,11 +1801,11 @@ class Web(Protocol):
                 return DISCONNECT if self._eof else None
         return clean(self._lines.popleft().decode("utf-8", "replace"))
 
-    def finish(self, code: str) -> None:
-        if self.is_open:
-            self._send_close(CLOSE_CODES.get(code, 1000))
+    def finish(self, closing_code: str) -> None:
+        if self.accepts_events:
+            self._send_close(WEBSOCKET_CLOSE_CODES.get(closing_code, 1000))
 
-    def _parse_head(self) -> LineOrControl | None:
+    def _parse_head(self) -> Received | None:
         """Parse the head of the request, if it is complete, and answer."""
         head, *rest = HEAD_END.split(self._data, 1)
         if len(head) > HEAD_LIMIT:
@@ -1836,23 +1829,23 @@ class Web(Protocol):
             return self._respond(200, PAGE, "html")
         return self._respond(404)
 
-    def _upgrade(self, headers: dict[str, str], after: bytes) -> LineOrControl:
-        """Open a WebSocket (RFC 6455, section 4.2); `after` came after the head."""
+    def _upgrade(self, headers: dict[str, str], rest: bytes) -> Received:
+        """Open a WebSocket (RFC 6455, section 4.2); `rest` came after the head."""
         key = headers.get("sec-websocket-key", "")
         if not key or "websocket" not in headers.get("upgrade", "").lower():
             return self._respond(426)
         # Another site's page may call here, but it can't lie about its origin.
-        host_header = headers.get("host", "").lower()
-        ours = (f"http://{host_header}", f"https://{host_header}")
+        host = headers.get("host", "").lower()
+        ours = (f"http://{host}", f"https://{host}")
         if headers.get("origin", ours[0]).lower() not in ours:
             return self._respond(403)
         accept = digest("sha1", key + WEBSOCKET_GUID)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
         self.replies += "\r\n".join([*lines, f"Sec-WebSocket-Accept: {accept}", "", ""]).encode()
-        self._phase, self._data = WEBSOCKET, after
+        self._phase, self._data = WEBSOCKET, rest
         return OPENED
 
-    def _respond(self, status: int, body: str = "", subtype: str = "plain") -> Control:
+    def _respond(self, status: int, body: str = "", subtype: str = "plain") -> Marker:
         """Send a response, and close (RFC 9110)."""
         http_status = HTTPStatus(status)
         data = (body or f"{status} {http_status.phrase}\n").encode()
@@ -1865,7 +1858,7 @@ class Web(Protocol):
             "Allow: GET, HEAD",
             "Cache-Control: no-cache",
             "X-Content-Type-Options: nosniff",
-            f"Content-Security-Policy: {PAGE_POLICY}",
+            f"Content-Security-Policy: {CONTENT_SECURITY_POLICY}",
         ]
         self._phase = ENDED
         self.replies += "\r\n".join([*lines, "", ""]).encode()
@@ -1880,8 +1873,8 @@ class Web(Protocol):
             return False
         is_final, opcode, size = data[0] & FIN_BIT, data[0] & 0x0F, data[1] & 0x7F
         start = 6  # of the payload, after two bytes and the mask
-        is_control_frame = opcode in (CLOSE, PING, PONG)
-        expected = TEXT_FRAME if self._fragments is None else CONTINUATION
+        is_control_frame = opcode in (CLOSE_FRAME, PING_FRAME, PONG_FRAME)
+        expected = TEXT_FRAME if self._fragments is None else CONTINUATION_FRAME
         good = (is_final and size < 126) if is_control_frame else opcode == expected
         if not good or data[0] & RSV_BITS or not data[1] & MASK_BIT:
             return self._send_close(1003 if opcode == BINARY_FRAME else 1002)
@@ -1890,16 +1883,16 @@ class Web(Protocol):
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
-        if not is_control_frame and len(self._fragments or b"") + size > LINE_LIMIT:
+        if not is_control_frame and len(self._fragments or b"") + size > LINE_BYTES_LIMIT:
             return self._send_close(1009)  # too big
         end = start + size
         if len(data) < end:
             return False
         self._data = data[end:]
         payload = unmask(data[start:end], data[start - 4 : start])
-        if opcode == PING:
-            self.replies += encode_frame(PONG, payload)
-        elif opcode == CLOSE:
+        if opcode == PING_FRAME:
+            self.replies += encode_frame(PONG_FRAME, payload)
+        elif opcode == CLOSE_FRAME:
             close_code = int.from_bytes(payload[:2], "big")  # we answer with the same
             known = 1000 <= close_code <= 4999 and close_code not in (1005, 1006, 1015)
             return self._send_close(close_code if known or not payload else 1002)
@@ -1912,7 +1905,8 @@ class Web(Protocol):
 
     def _send_close(self, close_code: int) -> bool:
         """Send a close frame (0: without a code).  Always True: go on, in another phase."""
-        self.replies += encode_frame(CLOSE, struct.pack("!H", close_code) if close_code else b"")
+        payload = struct.pack("!H", close_code) if close_code else b""
+        self.replies += encode_frame(CLOSE_FRAME, payload)
         self._phase = ENDED
         return True
 
@@ -1953,19 +1947,20 @@ li button { width: 100%; text-align: left; background: none; color: inherit; }
 """  # noqa: E501
 
 # The script begins with: const { templates, ... } = {"templates": ...};
-SHARED = {
+PAGE_CONSTANTS = {
     "templates": TEMPLATES,
-    "SPOKEN": SPOKEN,
+    "SPOKEN_TYPES": SPOKEN_TYPES,
     "PROTOCOL_VERSION": PROTOCOL_VERSION,
     "OP_PATTERN": OP_PATTERN,
     "LOST_SECONDS": LOST_SECONDS,
 }
-SCRIPT = f'"use strict";\nconst {{ {", ".join(SHARED)} }} = {json.dumps(SHARED)};' + r"""
+SCRIPT = f'"use strict";\nconst {{ {", ".join(PAGE_CONSTANTS)} }} = {json.dumps(PAGE_CONSTANTS)};' + r"""
 const KEPT_LINES = 1500, PAINT_BATCH = 50;  // lines painted at a time
-const FROM_PEOPLE = [...SPOKEN, "whisper"];
+const TALK_TYPES = [...SPOKEN_TYPES, "whisper"];
 const PASSWORD_LINE = new RegExp(`^[^\\p{L}\\p{N}]*${OP_PATTERN}(?![\\p{L}\\p{N}_])`, "iu");
 Object.assign(templates, { greeting: "{banner}{text}", help: "{commands}", divider: "{text}" });
-for (const type in templates) templates[type] = templates[type].trim().split(/\{(\w+)\}/);  // text, field, text, ...
+const templateParts = {};  // by type: text, field, text, ...
+for (const type in templates) templateParts[type] = templates[type].trim().split(/\{(\w+)\}/);
 const LINK =  // parentheses only in pairs, and no punctuation at its end
   /(https?:\/\/(?:[^\s<>"()]|\([^\s<>"()]*\))+(?<![.,;:!?'\]}]))/i;
 const find = selector => document.querySelector(selector);
@@ -1983,7 +1978,7 @@ try { stored = sessionStorage; } catch { /* the user does not allow it */ }
 // left          the user enters a name           connecting
 // all others    the connection is lost           connecting
 //               it is closed for good            left
-let state, socket, roomId, maxLine;  // the last two come from the greeting
+let state, socket, runId, maxLine;  // the last two come from the greeting
 let retrySeconds = 1;  // until the next try
 let closingCode;  // the last one
 let awaySince = 0;  // when the room was lost, unless we left it
@@ -2026,8 +2021,8 @@ const handlers = {
       return location.replace(query);
     }
     if (!ownName) show(event);
-    if (event.room !== roomId) lastId = -1;
-    roomId = event.room;
+    if (event.room !== runId) lastId = -1;
+    runId = event.room;
     maxLine = event.max_line;
   },
   prompt(event) {
@@ -2052,11 +2047,11 @@ const handlers = {
     socket.send("/who");
   },
   history(event) { catchUp(event.events); },
-  joined(event) { people.set(event.name, false); listPeopleSoon(); show(event); },
-  quit: removePerson, kicked: removePerson,
+  joined(event) { people.set(event.name, false); paintPeopleSoon(); show(event); },
+  quit: forgetAndShow, kicked: forgetAndShow,
   renamed(event) {
     people.set(event.to, people.get(event.name));
-    removePerson(event);
+    forgetAndShow(event);
     if (isOwn(event)) setOwnName(event.to);
   },
   people(event) {
@@ -2071,7 +2066,7 @@ const handlers = {
     closingCode = event.code;
   },
 };
-function removePerson(event) { people.delete(event.name); listPeopleSoon(); show(event); }
+function forgetAndShow(event) { people.delete(event.name); paintPeopleSoon(); show(event); }
 function setOwnName(value) {
   ownName = stored.name = value;
   const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = ownName.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
@@ -2104,7 +2099,7 @@ function catchUp(events) {  // show what is new to us of the history; null: ther
 let pending = [];
 const COMMAND = /^\s*\/(?!\/)/;
 function confirmPending(event) {  // by a line with its text; the oldest, if the server changed the text
-  const i = pending.findIndex(line => line.text.includes(event.text));  // not equals: //TEXT
+  const i = pending.findIndex(line => line.text.replace(/^\s*\/\//, "/") === event.text);  // //TEXT says /TEXT
   pending.splice(0, Math.max(i, 0) + 1);  // those before it were not said
 }
 function markUnconfirmed() { for (const line of pending.splice(0)) show(line, "unconfirmed"); }
@@ -2112,8 +2107,8 @@ function markUnconfirmed() { for (const line of pending.splice(0)) show(line, "u
 // The people
 let people = new Map();  // name -> whether an operator
 const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
-function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); listPeopleSoon(); }
-function listPeople() {
+function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); paintPeopleSoon(); }
+function paintPeople() {
   peopleBox.hidden = !people.size;
   find("summary").textContent = `${people.size} here`;
   if (!peopleBox.open || peopleList.matches(":hover, :focus-within")) return;
@@ -2124,7 +2119,7 @@ function listPeople() {
 }
 function closeList() { peopleBox.open = false; input.focus(); }
 
-// The log
+// The lines
 let queue = [];  // events to paint
 let lastDay = new Date().toDateString();
 let newLinesBelow = 0;  // below what is in sight
@@ -2132,13 +2127,13 @@ let unread = 0, mentioned = false;  // talk in a hidden tab; whether some is for
 const isOwn = event => (event.name || event.from) === ownName;
 const dateOf = event => new Date(event.at * 1000 || Date.now());
 function isMention(event) {
-  return ownName && SPOKEN.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
+  return ownName && SPOKEN_TYPES.includes(event.type) && !isOwn(event) && mentionPattern.test(event.text);
 }
 function show(event, variant = "") {  // variant: "past", "pending", "unconfirmed", or "" for what is new
-  if (!templates[event.type]) return;  // from a newer server
+  if (!templateParts[event.type]) return;  // from a newer server
   if (event.id > lastId) lastId = event.id;
   if (event.type === "said" && isOwn(event)) confirmPending(event);
-  if (!variant && document.hidden && FROM_PEOPLE.includes(event.type) && !isOwn(event)) {
+  if (!variant && document.hidden && TALK_TYPES.includes(event.type) && !isOwn(event)) {
     unread += 1;
     mentioned ||= event.type === "whisper" || isMention(event);
   }
@@ -2150,7 +2145,7 @@ function throttled(what) {  // run `what` at most once every 40 ms
   let timer = 0;
   return () => { timer ||= setTimeout(() => { timer = 0; what(); }, 40); };
 }
-const paintSoon = throttled(() => paint()), listPeopleSoon = throttled(listPeople);
+const paintSoon = throttled(paint), paintPeopleSoon = throttled(paintPeople);
 function paint() {
   const following = isAtEnd();
   for (const event of queue.splice(0, PAINT_BATCH)) {
@@ -2165,10 +2160,10 @@ function paint() {
   updateCounts();
 }
 function paragraph(event) {
-  const { type, variant } = event, ownClass = FROM_PEOPLE.includes(type) && event.own && "own";
+  const { type, variant } = event, ownClass = TALK_TYPES.includes(type) && event.own && "own";
   const className = [type, variant, ownClass, event.mention && "mention"].filter(Boolean).join(" ");
-  const parts = templates[type].flatMap((part, i) =>
-    i % 2 ? renderers[part]?.(event[part]) ?? element("bdi", {}, ...linkify(String(event[part]))) : part);
+  const parts = templateParts[type].flatMap((part, i) =>
+    i % 2 ? fieldRenderers[part]?.(event[part]) ?? element("bdi", {}, ...linkify(String(event[part]))) : part);
   const timed = !["greeting", "prompt", "divider"].includes(type);
   if (timed) parts.unshift(element("time", {}, dateOf(event).toTimeString().slice(0, 5)));
   if (variant === "unconfirmed") parts.push(" (not confirmed)");
@@ -2176,7 +2171,7 @@ function paragraph(event) {
 }
 const hueOf = name => [...name].reduce((hue, letter) => (hue * 59 + letter.codePointAt() * 61) % 360, 0);
 const nameElement = name => element("bdi", { className: "name", style: `--hue: ${hueOf(name)}` }, name);
-const renderers = {  // how to show those that are not just text
+const fieldRenderers = {  // how to show those that are not just text
   name: nameElement, to: nameElement, from: nameElement, by: nameElement,
   banner: text => element("pre", { ariaHidden: "true" }, text),
   names: all => all.flatMap(({ name, operator, address }, i) =>
@@ -2211,7 +2206,7 @@ belowButton.onclick = () => { toEnd(); input.focus(); };
 document.onvisibilitychange = () => { unread = 0; mentioned = false; updateCounts(); };
 
 // The keyboard
-let inputHistory = [""], historyIndex = 0;  // the lines entered, then what is typed now; which one is shown
+let inputHistory = [""], inputIndex = 0;  // the lines entered, then what is typed now; which one is shown
 const canSend = () => ["awaitingName", "chatting"].includes(state);
 function sendLine(line) {  // returns whether the input may be cleared
   const bytes = new TextEncoder().encode(line).length;
@@ -2226,7 +2221,7 @@ function sendLine(line) {  // returns whether the input may be cleared
     inputHistory.splice(-1, 1, line, "");
     if (!COMMAND.test(line)) pending.push({ type: "said", at: Date.now() / 1000, name: ownName, text: line });
   }
-  historyIndex = inputHistory.length - 1;
+  inputIndex = inputHistory.length - 1;
   toEnd();
   paintSoon();
   return true;
@@ -2250,11 +2245,11 @@ input.onpaste = event => {  // an input would join the lines into one
 };
 input.onkeydown = event => {
   if (event.shiftKey || event.isComposing) return;
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = historyIndex + step;
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = inputIndex + step;
   if (step && to in inputHistory) {
     event.preventDefault();
-    inputHistory[historyIndex] = input.value;
-    input.value = inputHistory[historyIndex = to];
+    inputHistory[inputIndex] = input.value;
+    input.value = inputHistory[inputIndex = to];
   }
   if (event.key === "Tab" && complete()) event.preventDefault();
 };
@@ -2268,7 +2263,7 @@ function complete() {  // the first name that fits, before the cursor; false if 
   return Boolean(found);
 }
 onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
-peopleBox.ontoggle = peopleList.onmouseleave = listPeople;
+peopleBox.ontoggle = peopleList.onmouseleave = paintPeople;
 onpagehide = () => socket.close();  // a browser may keep the page, and its connection
 setOwnName(stored.name || "");
 connect();
@@ -2288,7 +2283,7 @@ PAGE = f"""<!DOCTYPE html>
 """  # noqa: E501
 
 # What the page may do: run its own script and style, by their hashes.
-PAGE_POLICY = (
+CONTENT_SECURITY_POLICY = (
     f"default-src 'none'; script-src 'sha256-{digest('sha256', SCRIPT)}'; "
     f"style-src 'sha256-{digest('sha256', STYLE)}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -2328,11 +2323,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         number = functools.partial(whole_number, largest)
         help_text = text if value is None else f"{text} (default: %(default)s)"
         add(flag, metavar="N", type=number, default=value, help=help_text)
-    text = "what a client is shown first (default: %(default)s)"
-    add("--greeting", "--welcome", metavar="TEXT", default=default.greeting, help=text)
+    text = "what clients are shown first (default: %(default)s)"
+    add("--greeting", metavar="TEXT", default=default.greeting, help=text)
     add("--password-file", metavar="FILE", help="the operators' password is its first line")
-    text = "trust X-Forwarded-For of browsers from localhost"
-    add("--behind-proxy", action="store_true", help=text)
+    add("--behind-proxy", action="store_true", help="trust X-Forwarded-For from localhost")
     add("--no-web", action="store_true", help="do not listen for browsers")
     add("-v", "--verbose", action="store_true", help="log connections that never joined, too")
     add("--version", action="version", version=f"BATCHAT {__version__}")
@@ -2343,14 +2337,14 @@ def read_password(path: str) -> str:
     """The first line of a file; exits if there is none."""
     try:
         with open(path, "rb") as file:
-            line = file.readline(LINE_LIMIT).decode("utf-8-sig")
+            line = file.readline(LINE_BYTES_LIMIT).decode("utf-8-sig")
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IROTH:
                 logger.warning("everybody on this machine can read %s", path)
-        why, password = "its first line is empty", clean(line).strip()
+        reason, password = "its first line is empty", clean(line).strip()
     except (OSError, UnicodeDecodeError) as error:
-        password, why = "", getattr(error, "strerror", "it is not UTF-8")
+        password, reason = "", getattr(error, "strerror", "it is not UTF-8")
     if not password:
-        sys.exit(f"batchat: no password in {path}: {why}")
+        sys.exit(f"batchat: no password in {path}: {reason}")
     return password
 
 
@@ -2376,9 +2370,9 @@ def open_listener(address: str | None, *ports: int) -> socket.socket:
             family, *_, found = info[0]
             return socket.create_server(found, family=family, dualstack_ipv6=dual, backlog=BACKLOG)
         except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or "that is no address"
-    why = why.partition(" (while")[0]  # create_server() appends the address
-    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {why}")
+            reason = getattr(error, "strerror", None) or "that is no address"
+    reason = reason.partition(" (while")[0]  # create_server() appends the address
+    sys.exit(f"batchat: can't listen on {address or 'any address'}, port {port}: {reason}")
 
 
 def announce(address: str | None, ports: list[int]) -> None:
@@ -2431,12 +2425,10 @@ class NonBlockingHandler(logging.Handler):
 
 
 def start_logging(level: int) -> None:
-    """Log to standard error, with the time unless systemd's journal adds it."""
     if sys.stderr is None:
         return  # descriptor 2 may be a socket now
-    handler, status = NonBlockingHandler(), os.fstat(sys.stderr.fileno())
-    if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler = NonBlockingHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level)
 
@@ -2469,7 +2461,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Arguments that are not UTF-8 have surrogates, which can't be encoded.
     options.greeting = clean(options.greeting.encode("utf-8", "replace").decode())
     start_logging(logging.DEBUG if options.verbose else logging.INFO)
-    max_connections = raise_descriptor_limit() - OWN_DESCRIPTORS - SPARE_CONNECTIONS
+    max_connections = raise_descriptor_limit() - OWN_DESCRIPTORS - SERVER_SPARE_PLACES
     if max_connections < 1:
         sys.exit("batchat: too few descriptors are allowed; see ulimit -n")
     password = read_password(options.password_file) if options.password_file else ""
