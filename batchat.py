@@ -645,12 +645,14 @@ class State(Enum):
 
     The others are told when somebody becomes CHATTING, and when they no longer are: Chat.people
     are those.  Besides, a client may be
-      over limit  from Limiter.add on: to be rejected instead of greeted
+      over limit  from Limiter.add on: it is rejected instead of greeted
       lost        from Reactor._mark_lost on: nothing can be sent; what was read is processed
       at EOF      from Reactor._read on: nothing more can be read
+      blocked     while its socket is full
       departing   over limit, lost or CLOSING: it takes no place (Quota.departing)
       done        CLOSING, and nothing is pending: the peer has to close
-      blocked     while its socket is full
+      evicted     departing, and one too many: aborted, or closed if it is done
+      aborted     by Reactor._abort: CLOSING, then closed at once, with a reset
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
@@ -697,7 +699,7 @@ class Client:
         # For the reactor
         self.read_buffer = b""  # read, but not fed to the protocol yet
         self.needs_scan = False  # something was read since the last scan for Ctrl-C
-        self.eof = False  # the end of the stream was read
+        self.at_eof = False  # the end of the stream was read
         self.watched_mask = 0  # of the events that the selector is asked for
         self.silent_ticks = 0  # since the peer sent anything, while nothing was pending
 
@@ -1323,12 +1325,7 @@ class Reactor:
     """The event loop.
 
     `_reconcile` does what follows from a connection's state; `_guard` confines an error to one.
-    How connections end:
-
-        Chat.start_closing  CLOSING; what is pending is sent, and nothing more is processed
-        _mark_lost          lost; what was read is processed up to EOF, then start_closing
-        _abort              start_closing, and _close with a reset
-        _close              forgotten: all end here, those that are done when the peer has closed
+    State says how a connection ends.
     """
 
     def __init__(
@@ -1347,7 +1344,7 @@ class Reactor:
         self.with_input: dict[Client, None] = {}  # those with unprocessed input
         self.blocked: dict[Client, None] = {}  # those whose socket is full
         self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
-        self.paused = False  # a reader lags: no input is processed
+        self.is_paused = False  # a reader lags: no input is processed
         self.tick_at = self.clock.now
         self.ends_at = NEVER  # when a stopped server ends, at the latest
 
@@ -1414,7 +1411,7 @@ class Reactor:
         input_at = min(map(self._input_ready_at, self.with_input), default=NEVER)
         if input_at > self.clock.now:  # wake up for a few tokens, not for each
             input_at = max(input_at, self.clock.now + POLL_SECONDS)
-        poll_at = self.clock.now + POLL_SECONDS if self.paused else NEVER
+        poll_at = self.clock.now + POLL_SECONDS if self.is_paused else NEVER
         return max(0, min(input_at, poll_at, self.tick_at, self.ends_at) - self.clock.read())
 
     def _on_io(self, client: Client, mask: int) -> None:
@@ -1459,7 +1456,7 @@ class Reactor:
 
     def _apply_backpressure(self) -> None:
         """Pause the room while a reader lags; drop it when the stall budget is spent."""
-        change = self.clock.elapsed * (-1 if self.paused else STALL_RECOVERY)
+        change = self.clock.elapsed * (-1 if self.is_paused else STALL_RECOVERY)
         self.stall_budget = min(max(0, self.stall_budget + change), STALL_BUDGET_SECONDS)
         for client in self._lagging():
             # Try to send: the selector reports space only when a lot is free.
@@ -1468,7 +1465,7 @@ class Reactor:
         if self.stall_budget < POLL_SECONDS:  # too little for another iteration
             for client in self._lagging():
                 self._guard(self._abort, client, "too far behind")
-        self.paused = bool(self._lagging())
+        self.is_paused = bool(self._lagging())
 
     def _lagging(self) -> list[Client]:
         return [client for client in self.blocked if client.outbox.lag > LAG_LIMIT]
@@ -1571,12 +1568,12 @@ class Reactor:
     def _input_ready_at(self, client: Client) -> float:
         """When this client's input may be processed; NEVER if something must change first."""
         over_private_limit = client.outbox.private_size > PRIVATE_LIMIT_FOR_INPUT
-        if self.paused or over_private_limit or self.chat.appended_bytes > LAG_LIMIT:
+        if self.is_paused or over_private_limit or self.chat.appended_bytes > LAG_LIMIT:
             return NEVER
         return max(client.bucket.ready_at, client.source_quota.bucket.ready_at)
 
     def _read(self, client: Client) -> None:
-        """Read ahead; `_reconcile` watches for READ only while there is space."""
+        """Read ahead; `_reconcile` watches for READ only while there is space (recv(0) is b"")."""
         try:
             data = client.sock.recv(min(READ_SIZE, READ_AHEAD - len(client.read_buffer)))
         except BlockingIOError:
@@ -1585,7 +1582,7 @@ class Reactor:
             self._mark_lost(client, error.strerror)  # what it sent before is still said
             data = b""
         client.silent_ticks = 0
-        client.eof = not data
+        client.at_eof = not data
         if client.state is not CLOSING:
             client.read_buffer += data
             client.needs_scan = True
@@ -1596,8 +1593,7 @@ class Reactor:
         self.chat.to_reconcile[client] = None
         # Move to the end: equal ones take turns, as sorted() is stable.
         self.with_input[client] = self.with_input.pop(client)
-        # A token's worth: then it may be another client's turn.
-        size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE
+        size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE  # a token's worth
         protocol, was_fed = client.protocol, False
         while client.state is not CLOSING and self._input_ready_at(client) <= self.clock.now:
             received = protocol.next()
@@ -1608,10 +1604,10 @@ class Reactor:
                 if received is OPENED:  # `greet` may have counted it under another address
                     self._reconcile(client)  # send the answer before it may be evicted
                     self._evict_for(client)
-            elif not client.read_buffer and not client.eof:
+            elif not client.read_buffer and not client.at_eof:
                 del self.with_input[client]
                 return
-            elif was_fed:
+            elif was_fed:  # another client may be first now
                 return
             else:
                 data, client.read_buffer = client.read_buffer[:size], client.read_buffer[size:]
@@ -1639,14 +1635,14 @@ class Reactor:
             client.read_buffer = b""
             self.with_input.pop(client, None)
         if client.is_done:
-            if client.eof:
+            if client.at_eof:
                 self._close(client)
                 return
             # No close yet: with input unread, it resets the connection (RFC 1122, 4.2.2.13).
             with suppress(OSError):  # the peer is gone already
                 client.sock.shutdown(socket.SHUT_WR)
         mask = WRITE if client in self.blocked else 0
-        if not client.eof and len(client.read_buffer) < READ_AHEAD:
+        if not client.at_eof and len(client.read_buffer) < READ_AHEAD:
             mask |= READ
         self._watch(client, mask)
 
@@ -1775,7 +1771,7 @@ class Web(Protocol):
     def __init__(self) -> None:
         self._phase = REQUEST
         self._data = b""
-        self._eof = False  # nothing more will be fed
+        self._at_eof = False  # nothing more will be fed
         self._fragments: bytes | None = None  # those so far, within a message
         self._lines: deque[bytes] = deque()  # the rest of the last message
 
@@ -1789,7 +1785,7 @@ class Web(Protocol):
 
     def feed(self, data: bytes) -> None:
         self._data += data
-        self._eof = not data
+        self._at_eof = not data
 
     def next(self) -> Received | None:
         if self._phase is REQUEST:
@@ -1798,7 +1794,7 @@ class Web(Protocol):
             if self._phase is ENDED:
                 return DISCONNECT
             if not self._parse_frame():
-                return DISCONNECT if self._eof else None
+                return DISCONNECT if self._at_eof else None
         return clean(self._lines.popleft().decode("utf-8", "replace"))
 
     def finish(self, closing_code: str) -> None:
@@ -1811,7 +1807,7 @@ class Web(Protocol):
         if len(head) > HEAD_LIMIT:
             return self._respond(431)
         if not rest:
-            return DISCONNECT if self._eof else None
+            return DISCONNECT if self._at_eof else None
         try:
             method, path, headers = parse_request(head)
             if self.trusts_forwarded_for and "x-forwarded-for" in headers:
@@ -1867,7 +1863,7 @@ class Web(Protocol):
         return DISCONNECT
 
     def _parse_frame(self) -> bool:
-        """Parse the next frame; False if it is not complete."""
+        """Parse the next frame; returns False if it is not complete."""
         data = self._data
         if len(data) < 2:
             return False
@@ -1875,16 +1871,18 @@ class Web(Protocol):
         start = 6  # of the payload, after two bytes and the mask
         is_control_frame = opcode in (CLOSE_FRAME, PING_FRAME, PONG_FRAME)
         expected = TEXT_FRAME if self._fragments is None else CONTINUATION_FRAME
-        good = (is_final and size < 126) if is_control_frame else opcode == expected
-        if not good or data[0] & RSV_BITS or not data[1] & MASK_BIT:
-            return self._send_close(1003 if opcode == BINARY_FRAME else 1002)
+        is_valid = (is_final and size < 126) if is_control_frame else opcode == expected
+        if not is_valid or data[0] & RSV_BITS or not data[1] & MASK_BIT:
+            self._send_close(1003 if opcode == BINARY_FRAME else 1002)
+            return True
         if size >= 126:
             start = 8 if size == 126 else 14
             if len(data) < start:
                 return False
             size = int.from_bytes(data[2 : start - 4], "big")
         if not is_control_frame and len(self._fragments or b"") + size > LINE_BYTES_LIMIT:
-            return self._send_close(1009)  # too big
+            self._send_close(1009)  # too big
+            return True
         end = start + size
         if len(data) < end:
             return False
@@ -1895,7 +1893,8 @@ class Web(Protocol):
         elif opcode == CLOSE_FRAME:
             close_code = int.from_bytes(payload[:2], "big")  # we answer with the same
             known = 1000 <= close_code <= 4999 and close_code not in (1005, 1006, 1015)
-            return self._send_close(close_code if known or not payload else 1002)
+            self._send_close(close_code if known or not payload else 1002)
+            return True
         elif not is_control_frame:
             message = (self._fragments or b"") + payload
             self._fragments = None if is_final else message
@@ -1903,12 +1902,11 @@ class Web(Protocol):
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
-    def _send_close(self, close_code: int) -> bool:
-        """Send a close frame (0: without a code).  Always True: go on, in another phase."""
+    def _send_close(self, close_code: int) -> None:
+        """Send a close frame (0: without a code), and ignore what follows."""
         payload = struct.pack("!H", close_code) if close_code else b""
         self.replies += encode_frame(CLOSE_FRAME, payload)
         self._phase = ENDED
-        return True
 
 
 # ---
@@ -2001,7 +1999,7 @@ function onDisconnect({ code }) {
     setTimeout(connect, retrySeconds * 1000);
     retrySeconds = Math.min(retrySeconds * 2, 30);
   } else {
-    setStatus((closingCode ? "Disconnected." : "You left.") + " Enter a name to rejoin.");
+    setStatus((closingCode ? "Disconnected." : "You left.") + " Enter a name to rejoin.");  // before setState clears it
     setState("left");
     awaySince = 0;
     clearOwnName();

@@ -937,7 +937,7 @@ class WatchedReactor(batchat.Reactor):
         world, began_at, before = self.world, self.world.now, self.progress()
         world.iterations += 1
         world.pass_by(world.drift)
-        world.woken, world.was_paused = False, self.paused
+        world.woken, world.was_paused = False, self.is_paused
         super().run_once()
         busy = self.progress() != before or world.woken
         world.idle = [] if busy else [*world.idle[-4:], world.now]
@@ -1114,8 +1114,8 @@ class World:
                 assert len(log.data) <= max([0, *lags]), "more of the log is kept than is needed"
         self.check_limits()
         late = [p for p in self.open if p.connection.outbox.lag > batchat.LAG_LIMIT]
-        assert reactor.paused == bool(late)
-        self.reached["paused"] += reactor.paused
+        assert reactor.is_paused == bool(late)
+        self.reached["paused"] += reactor.is_paused
         share = batchat.STALL_RECOVERY / (1 + batchat.STALL_RECOVERY)
         budget = batchat.STALL_BUDGET_SECONDS + share * (self.now - START)
         assert self.paused_seconds <= budget + 1e-3
@@ -1154,7 +1154,7 @@ class World:
         buckets = [connection.bucket, connection.source_quota.bucket]
         paced = max(each.ready_at for each in buckets) > self.now and self.settings.rate > 0
         self.reached["paced"] += paced
-        waits = self.was_paused or self.reactor.paused or paced
+        waits = self.was_paused or self.reactor.is_paused or paced
         waits |= outbox.private_size > batchat.PRIVATE_LIMIT_FOR_INPUT
         waits |= connection.virtual_time > self.now  # others come first for a while
         before, peer.untaken = peer.untaken, len(peer.arrived) + len(connection.read_buffer)
@@ -2613,7 +2613,7 @@ def pauses(world: World) -> tuple[Peer, Peer]:
     """A talker and a stalled reader, for whom the room is paused."""
     talker, sleeper = world.joins("talker"), stalls(world, "sleeper")
     talk(world, talker, 800)
-    assert world.reactor.paused and talker.arrived
+    assert world.reactor.is_paused and talker.arrived
     return talker, sleeper
 
 
@@ -2631,11 +2631,11 @@ def test_sockets_have_their_options(our_end):
 def test_room_pauses_above_512_kib_of_lag(world):
     talker, sleeper = world.joins("talker"), stalls(world, "sleeper")
     for lines in (["x" * (1024 - len("<talker> \r\n"))] * 512, ["one more"]):
-        assert not world.reactor.paused
+        assert not world.reactor.is_paused
         talker.types(*lines)
         world.wait()
         assert sleeper.connection.outbox.lag >= 524_288
-    assert world.reactor.paused
+    assert world.reactor.is_paused
 
 
 def test_iteration_adds_512_kib(world):
@@ -2667,7 +2667,7 @@ def test_input_is_read_16_kib_at_a_time(world):
     for total in (16_384, 32_768, 49_152, 65_536, 65_536):
         world.run_once()
         assert 200_000 - len(mike.arrived) == total
-    assert world.reactor.paused
+    assert world.reactor.is_paused
 
 
 def test_stalled_readers_dropped_after_2_s(world):
@@ -2699,7 +2699,7 @@ def test_reader_noticed_before_selector_tells(world):
     slow.low_water = 1 << 20
     slow.accepts(600_000)
     world.wait(0.1)
-    assert not world.reactor.paused and not talker.arrived
+    assert not world.reactor.is_paused and not talker.arrived
 
 
 def test_room_waits_for_leavers_too(world):
@@ -2708,7 +2708,7 @@ def test_room_waits_for_leavers_too(world):
     talk(world, talker, 400)
     slow.types("/quit")
     talk(world, talker, 400)
-    assert world.reactor.paused and talker.arrived
+    assert world.reactor.is_paused and talker.arrived
 
 
 def test_slow_reader_costs_no_call_per_line(world):
@@ -3179,7 +3179,7 @@ def test_dropped_reader_leaves_nothing_buffered(houses):
     sleeper.reading = False
     for connection in house.reactor.clients:
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    while not house.reactor.paused:
+    while not house.reactor.is_paused:
         talker.sock.send(b"x" * 4000 + b"\n")
         house.run_once()
     house.wait(2)
