@@ -3909,12 +3909,14 @@ def test_page_shows_own_lines_as_pending(mike, page_server):
 def test_page_confirms_the_line_that_came_back(page):
     """A line that the room did not say does not stay pending before one that it said."""
     page.does(MUTE)
-    page.enters("one", "two", "three")
+    page.enters("one or two", "two", "three", "//four", "five")
     page.receives(said("waves", "mike", type="did"), said(name="mike", type="renamed", to="mike"))
-    page.gives("[pendingBox.childElementCount, pending.length]", [3, 3])
+    page.gives("[pendingBox.childElementCount, pending.length]", [5, 5])
     page.receives(said("two", "mike"))
+    page.gives("pendingBox.childElementCount", 3)
+    page.receives(said("/four", "mike"))
     page.gives("pendingBox.childElementCount", 1)
-    assert page.lines("#pending") == ["<mike> three"]
+    assert page.lines("#pending") == ["<mike> five"]
     page.receives(said("changed by the room", "mike"))
     page.gives("[pendingBox.childElementCount, pending.length]", [0, 0])
 
