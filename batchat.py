@@ -120,10 +120,10 @@ def render_text(event: Event) -> str:
     if event_type == "help":
         return "".join(template.format(usage=u, text=t) for u, t in event["commands"])
     if event_type == "history":
-        if not event["events"]:
+        if not (events := event["events"]):
             return ""
-        since = local_time("%Y-%m-%d %H:%M", event["events"][0]["at"])
-        past = [f"{local_time('%H:%M', it['at'])} {render_text(it)}" for it in event["events"]]
+        since = local_time("%Y-%m-%d %H:%M", events[0]["at"])
+        past = [f"{local_time('%H:%M', each['at'])} {render_text(each)}" for each in events]
         return "".join([template.format(since=since), *past, TEMPLATES["history_end"]])
     return template.format_map(event)
 
@@ -181,7 +181,7 @@ class Log:
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest_start = 0  # of the last event
-        self.broadcast_end = 0  # offset up to which readers were sent it, if not blocked
+        self.broadcast_end = 0  # up to here all readers were sent it, unless they are blocked
 
     @property
     def end(self) -> int:
@@ -228,13 +228,13 @@ class Outbox:
     def has_pending(self) -> bool:
         return bool(self.splices) or self.cursor < self.log.end
 
-    def join(self) -> None:
+    def start_reading(self) -> None:
         """Read the log from its end on; private bytes that are pending come first."""
         if not self.is_discarding:
             self.cursor = end = self.log.end
             self.splices = [Splice(end, each.private, end) for each in self.splices]
 
-    def leave(self) -> None:
+    def stop_reading(self) -> None:
         """Read the log no further than to its end now; private bytes may still follow."""
         self._add_splice(self.log.end, b"", UNREACHABLE)
 
@@ -354,7 +354,7 @@ class Protocol:
         return replies
 
 
-# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC) without slashes: /op is a command.
+# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC) none with a slash, as in /op.
 ESCAPE = re.compile(
     r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -.]* [@-~]  # CSI, parameters, final byte
       | \x1bO [@-~]  # SS3 and its letter
@@ -489,9 +489,9 @@ class Telnet(Protocol):
         if after_cr and plain[:1] in (b"\n", b"\0"):
             plain = plain[1:]  # that line has ended already
         # A line ends with LF, CR LF, CR NUL (RFC 854, pages 11 and 12) or CR alone.
-        shortened = plain.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
-        self._data += shortened.replace(b"\r", b"\n")
-        ends_like_telnet = len(shortened) < len(plain)  # with CR LF or CR NUL
+        with_lf = plain.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        self._data += with_lf.replace(b"\r", b"\n")
+        ends_like_telnet = len(with_lf) < len(plain)  # with CR LF or CR NUL
         is_telnet = IAC in data or (ends_like_telnet and not self._data.isascii())
         if is_telnet and not self._asked:
             self._asked = True
@@ -531,33 +531,33 @@ LOCALHOST = "localhost"
 
 
 class PeerAddress(NamedTuple):
-    """Where a client connects from: an IP address, and its network.
+    """Where a client connects from: a host, and its network.
 
     Each is a source: it can be counted or banned as one.  Examples:
     ("192.0.2.1", "192.0.2.1"), ("2001:db8::5", "2001:db8::/64"), (LOCALHOST, LOCALHOST)
     """
 
-    ip: str
-    network: str  # the address's IPv6 /64; the address itself, if it has none
+    host: str
+    network: str  # its IPv6 /64; the host itself, if it has none
 
     @property
     def sources(self) -> set[str]:
-        return {self.ip, self.network}
+        return {self.host, self.network}
 
 
 @functools.lru_cache
 def parse_address(text: str) -> PeerAddress:
     """`text` as an address; for an IPv6 /64, both are the /64.  May raise ValueError."""
-    address_text, _, bits = text.partition("/")
-    ip = ipaddress.ip_address(address_text.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    address = network = LOCALHOST if ip.is_loopback else str(ip)
-    has_network = ip.version == 6 and not ip.is_loopback
+    ip_text, _, bits = text.partition("/")
+    parsed = ipaddress.ip_address(ip_text.partition("%")[0])
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    ip = network = LOCALHOST if parsed.is_loopback else str(parsed)
+    has_network = parsed.version == 6 and not parsed.is_loopback
     if has_network:
-        network = str(ipaddress.ip_network((ip, 64), strict=False))
+        network = str(ipaddress.ip_network((parsed, 64), strict=False))
     if bits and not (has_network and bits == "64"):  # no other network can be banned
         raise ValueError(text)
-    return PeerAddress(network if bits else address, network)
+    return PeerAddress(network if bits else ip, network)
 
 
 class Clock:
@@ -620,22 +620,21 @@ class Quota:
 
 
 class State(Enum):
-    """The state of a client: what changes it, to which, and where in the code.
+    """The state of a client: what changes it, to which, and where in the code (as a test checks).
 
     CONNECTING
       telnet: at once; browser: a WebSocket  AWAITING_NAME  Chat.greet
-      browser: any other request, or none    CLOSING        Chat.handle
-      too many people, or a ban              CLOSING        Chat._reject_if_needed
+      too many people or connections, a ban  CLOSING        Chat._reject_if_needed
     AWAITING_NAME
       a valid name that is free              CHATTING       Chat._join
       a fifth name that is invalid or taken  CLOSING        Chat._ask_for_name
       a line too long, a web request, /quit  CLOSING        Chat._handle_name
-      too many people, or a ban              CLOSING        Chat._reject_if_needed
+      too many people or connections, a ban  CLOSING        Chat._reject_if_needed
     CHATTING
       /quit, kicked                          CLOSING        Chat._quit, _kick
     all but CLOSING
-      DISCONNECT                             CLOSING        Chat.handle
-      not in time                            CLOSING        Reactor._check_timeouts
+      DISCONNECT: Ctrl-C, EOF, a page sent   CLOSING        Chat.handle
+      not in time (if lost, it is aborted)   CLOSING        Reactor._check_timeouts
       too far behind, an error, evicted      CLOSING        Reactor._abort
       the server is stopped                  CLOSING        Reactor.stop
     CLOSING
@@ -645,14 +644,14 @@ class State(Enum):
 
     The others are told when somebody becomes CHATTING, and when they no longer are: Chat.people
     are those.  Besides, a client may be
-      over limit  from Limiter.add on: it is rejected instead of greeted
+      over limit  from Limiter.add on: it is to be rejected
       lost        from Reactor._mark_lost on: nothing can be sent; what was read is processed
       at EOF      from Reactor._read on: nothing more can be read
       blocked     while its socket is full
-      departing   over limit, lost or CLOSING: it takes no place (Quota.departing)
       done        CLOSING, and nothing is pending: the peer has to close
-      evicted     departing, and one too many: aborted, or closed if it is done
-      aborted     by Reactor._abort: CLOSING, then closed at once, with a reset
+    Those who are over limit, lost or CLOSING are departing: they take no place (Quota.departing).
+    To reject is to close before CHATTING, to abort is to close at once, with a reset.  To evict is
+    to abort one departing too many, or to close it if it is done.
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
@@ -716,11 +715,6 @@ class Client:
         return self.state_since + STATE_SECONDS[self.state]
 
     @property
-    def is_departing(self) -> bool:
-        """Whether it takes no place; `Limiter.mark_departing` notes it."""
-        return bool(self.over_limit_code or self.lost_reason) or self.state is CLOSING
-
-    @property
     def is_done(self) -> bool:
         return self.state is CLOSING and not self.outbox.has_pending
 
@@ -749,14 +743,14 @@ class Limiter:
             quota.connection_count += 1
             if quota.limit and quota.free_places < 0:
                 client.over_limit_code = closing_code
-        if client.is_departing:  # over the limit, or lost before it was added again
+        if client.over_limit_code or client.lost_reason:  # lost before it was added again
             self.mark_departing(client)
         if self.settings.rate:  # anyone who reconnects must not be served first
             self._raise_virtual_time(client, JOIN_TOKENS)
 
     def source_for(self, address: PeerAddress) -> str:
         """The source that is counted: an IPv6 /64, but in our own networks the address."""
-        return address.ip if address.network in self.own_networks else address.network
+        return address.host if address.network in self.own_networks else address.network
 
     def mark_departing(self, client: Client) -> None:
         """Stop counting a connection: it ends when its input is processed, or all is sent."""
@@ -796,7 +790,7 @@ class Limiter:
             self._raise_virtual_time(client, tokens)
 
     def _raise_virtual_time(self, client: Client, tokens: float) -> None:
-        """Raise `virtual_time`: for 1 token by 0.1 s, if its share of the source is 10/s."""
+        """Raise `virtual_time` by the seconds in which its share of the source gains `tokens`."""
         share = client.source_quota.bucket.rate / client.source_quota.connection_count
         client.virtual_time = max(client.virtual_time, self.clock.now) + tokens / share
 
@@ -983,7 +977,7 @@ class Chat:
                 self._ask_for_name(client)
 
     def _handle_name(self, client: Client, received: Received) -> None:
-        if not isinstance(received, str) or HTTP_REQUEST.match(received):  # long or not
+        if not isinstance(received, str) or HTTP_REQUEST.match(received):  # TOO_LONG
             self.start_closing(client, "no_name")
         elif COMMANDS.get(received.strip().lower()) is COMMANDS["/quit"]:  # or an alias of it
             self.start_closing(client, reason="quit")
@@ -998,7 +992,7 @@ class Chat:
         if match := PASSWORD_LINE.match(line):  # run it, so that the password is never said
             line = f"/op{match[1]}"
         body = line.lstrip()
-        if body[:2] == "//":  # but //op is /op
+        if body[:2] == "//":  # PASSWORD_LINE has caught //op
             self.publish("said", client, text=body[1:])
         elif body[:1] == "/":
             self._run_command(client, body)
@@ -1042,11 +1036,11 @@ class Chat:
     # Joining and leaving
     def greet(self, client: Client) -> None:
         """Greet a client and ask for a name, or say why it may not join."""
-        address = client.protocol.forwarded_for
-        if address:  # from a proxy: count it under this address
-            client.peer_label = f"{address} through {client.peer_label}"
+        forwarded_for = client.protocol.forwarded_for
+        if forwarded_for:  # from a proxy: count it under this address
+            client.peer_label = f"{forwarded_for} through {client.peer_label}"
             self.limiter.remove(client)
-            self.limiter.add(client, address)
+            self.limiter.add(client, forwarded_for)
         if not self._reject_if_needed(client):
             client.enter(AWAITING_NAME, self.clock.now)
             fields = {"banner": BANNER, "text": self.settings.greeting, "room": self.run_id}
@@ -1080,7 +1074,7 @@ class Chat:
         self.people[name_key(name)] = client
         self.publish("joined", client)  # before it reads the log
         client.outbox.log.readers[client] = None
-        client.outbox.join()
+        client.outbox.start_reading()
         self.send(client, "welcome", text=f"Hey, {name}! Hope you enjoy the chat.", name=name)
         if self.settings.history:
             self.send_raw(client, self.history.encode(type(client.protocol)))
@@ -1095,12 +1089,12 @@ class Chat:
         server log gets the `reason`, or else the code.
         """
         was_chatting = client.state is CHATTING
-        client.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
+        client.enter(CLOSING, self.clock.now)  # first: after an error, `_abort` repeats nothing
         self.to_reconcile[client] = None
         if was_chatting:
             self._release_name(client)
             client.outbox.log.readers.pop(client, None)
-            client.outbox.leave()
+            client.outbox.stop_reading()
             self._ignorers.pop(client, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(client)
@@ -1173,7 +1167,7 @@ class Chat:
     def _who(self, client: Client) -> None:
         rows: list[Event] = []
         for _, other in sorted(self.people.items()):
-            address = {"address": other.address.ip} if client.is_operator else {}
+            address = {"address": other.address.host} if client.is_operator else {}
             rows.append({"name": other.name, "operator": other.is_operator, **address})
         data = client.protocol.encode({"type": "people", "people": rows})
         self.limiter.charge(client, len(data) / WHO_BYTES_PER_TOKEN)
@@ -1491,7 +1485,7 @@ class Reactor:
         ping = client.protocol.PING_DATA if client.protocol.accepts_events else b""
         if self.clock.now >= client.deadline:
             if client.state is CLOSING or client.lost_reason:
-                self._abort(client, "lost for too long")  # a CLOSING one needs no reason
+                self._abort(client, "lost for too long")  # in CLOSING the reason is not used
             else:
                 self.chat.start_closing(client, "timeout")
         elif ping and not client.outbox.has_pending and client not in self.with_input:
@@ -1516,14 +1510,14 @@ class Reactor:
                 return
             if not peer:  # on macOS: the peer is gone again
                 continue
-            address, port = peer[:2]
-            peer_label = f"{re.sub('^::ffff:', '', address)} port {port}"  # without IPv6's prefix
+            ip_text, port = peer[:2]
+            peer_label = f"{re.sub('^::ffff:', '', ip_text)} port {port}"  # without IPv6's prefix
             log = self.chat.logs[self.listeners[listener]]
             with suppress(OSError):  # the peer is gone again
                 self.limiter.own_networks.add(parse_address(sock.getsockname()[0]).network)
             client = Client(peer_label, log, self.clock.now)
             client.sock = sock
-            self.limiter.add(client, address)
+            self.limiter.add(client, ip_text)
             self.clients[client] = None
             self._guard(self._set_up, client)
 
@@ -1533,7 +1527,7 @@ class Reactor:
         for option in SOCKET_OPTIONS:
             with suppress(OSError):  # the kernel does not know it
                 sock.setsockopt(*option)
-        is_local = client.address.ip == LOCALHOST
+        is_local = client.address.host == LOCALHOST
         protocol.trusts_forwarded_for = is_local and self.limiter.settings.behind_proxy
         if protocol.accepts_events:
             self.chat.greet(client)
@@ -1561,8 +1555,8 @@ class Reactor:
         except Exception:
             logger.exception("an internal error, with %s", client.peer_label)
             reason = "an internal error"
-        # Not in `except`: its traceback keeps a view of the log.  If this fails, too, the next
-        # `_abort` only has to close, and the one after it finds no client.
+        # Not in `except`: its traceback keeps a view of the log.  `_abort` can fail twice: then the
+        # client is CLOSING, then it is no longer here.
         self._guard(self._abort, client, reason)
 
     def _input_ready_at(self, client: Client) -> float:
@@ -1573,7 +1567,7 @@ class Reactor:
         return max(client.bucket.ready_at, client.source_quota.bucket.ready_at)
 
     def _read(self, client: Client) -> None:
-        """Read ahead; `_reconcile` watches for READ only while there is space (recv(0) is b"")."""
+        """Read ahead; only called while there is space, as recv(0) would look like EOF."""
         try:
             data = client.sock.recv(min(READ_SIZE, READ_AHEAD - len(client.read_buffer)))
         except BlockingIOError:
@@ -1591,7 +1585,7 @@ class Reactor:
     def _process_input(self, client: Client) -> None:
         """Handle what was received, until the client has to wait; feed the protocol once."""
         self.chat.to_reconcile[client] = None
-        # Move to the end: equal ones take turns, as sorted() is stable.
+        # Move to the end: with equal virtual times they take turns, as sorted() is stable.
         self.with_input[client] = self.with_input.pop(client)
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE  # a token's worth
         protocol, was_fed = client.protocol, False
@@ -1771,7 +1765,7 @@ class Web(Protocol):
     def __init__(self) -> None:
         self._phase = REQUEST
         self._data = b""
-        self._at_eof = False  # nothing more will be fed
+        self._fed_eof = False  # nothing more will be fed
         self._fragments: bytes | None = None  # those so far, within a message
         self._lines: deque[bytes] = deque()  # the rest of the last message
 
@@ -1785,7 +1779,7 @@ class Web(Protocol):
 
     def feed(self, data: bytes) -> None:
         self._data += data
-        self._at_eof = not data
+        self._fed_eof = not data
 
     def next(self) -> Received | None:
         if self._phase is REQUEST:
@@ -1794,7 +1788,7 @@ class Web(Protocol):
             if self._phase is ENDED:
                 return DISCONNECT
             if not self._parse_frame():
-                return DISCONNECT if self._at_eof else None
+                return DISCONNECT if self._fed_eof else None
         return clean(self._lines.popleft().decode("utf-8", "replace"))
 
     def finish(self, closing_code: str) -> None:
@@ -1807,7 +1801,7 @@ class Web(Protocol):
         if len(head) > HEAD_LIMIT:
             return self._respond(431)
         if not rest:
-            return DISCONNECT if self._at_eof else None
+            return DISCONNECT if self._fed_eof else None
         try:
             method, path, headers = parse_request(head)
             if self.trusts_forwarded_for and "x-forwarded-for" in headers:
@@ -1891,9 +1885,9 @@ class Web(Protocol):
         if opcode == PING_FRAME:
             self.replies += encode_frame(PONG_FRAME, payload)
         elif opcode == CLOSE_FRAME:
-            close_code = int.from_bytes(payload[:2], "big")  # we answer with the same
-            known = 1000 <= close_code <= 4999 and close_code not in (1005, 1006, 1015)
-            self._send_close(close_code if known or not payload else 1002)
+            websocket_code = int.from_bytes(payload[:2], "big")  # we answer with the same
+            known = 1000 <= websocket_code <= 4999 and websocket_code not in (1005, 1006, 1015)
+            self._send_close(websocket_code if known or not payload else 1002)
             return True
         elif not is_control_frame:
             message = (self._fragments or b"") + payload
@@ -1902,9 +1896,9 @@ class Web(Protocol):
                 self._lines = deque(message.splitlines() or [b""])
         return True
 
-    def _send_close(self, close_code: int) -> None:
+    def _send_close(self, websocket_code: int) -> None:
         """Send a close frame (0: without a code), and ignore what follows."""
-        payload = struct.pack("!H", close_code) if close_code else b""
+        payload = struct.pack("!H", websocket_code) if websocket_code else b""
         self.replies += encode_frame(CLOSE_FRAME, payload)
         self._phase = ENDED
 
@@ -1961,11 +1955,11 @@ const templateParts = {};  // by type: text, field, text, ...
 for (const type in templates) templateParts[type] = templates[type].trim().split(/\{(\w+)\}/);
 const LINK =  // parentheses only in pairs, and no punctuation at its end
   /(https?:\/\/(?:[^\s<>"()]|\([^\s<>"()]*\))+(?<![.,;:!?'\]}]))/i;
-const find = selector => document.querySelector(selector);
-const [scroller, linesBox, pendingBox, belowButton, form, input, status, peopleBox, peopleList] =
-  ["main", "#lines", "#pending", "#below", "form", "input", "#status", "details", "ul"].map(find);
-let stored = {};  // the name, over a reload
-try { stored = sessionStorage; } catch { /* the user does not allow it */ }
+const query = selector => document.querySelector(selector);
+const [scroller, linesBox, pendingBox, belowButton, form, input, statusBox, peopleBox, peopleList] =
+  ["main", "#lines", "#pending", "#below", "form", "input", "#status", "details", "ul"].map(query);
+let storage = {};  // the name, over a reload
+try { storage = sessionStorage; } catch { /* the user does not allow it */ }
 
 // The connection, and our name
 // State         what happens                     next
@@ -2066,11 +2060,11 @@ const handlers = {
 };
 function forgetAndShow(event) { people.delete(event.name); paintPeopleSoon(); show(event); }
 function setOwnName(value) {
-  ownName = stored.name = value;
+  ownName = storage.name = value;
   const letter = "[\\p{L}\\p{M}\\p{Nd}_]", literally = ownName.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
   mentionPattern = new RegExp(`(?<!${letter}|[.-])${literally}(?![.-]*${letter})`, "iu");
   input.placeholder = input.ariaLabel = ownName ? "Message, or /help" : "Your name";
-  find("form button").textContent = ownName ? "Send" : "Join";
+  query("form button").textContent = ownName ? "Send" : "Join";
 }
 function clearOwnName() {
   setOwnName("");
@@ -2078,7 +2072,7 @@ function clearOwnName() {
   draft += input.value;
   input.value = "";
 }
-function setStatus(text) { status.textContent = text; }
+function setStatus(text) { statusBox.textContent = text; }
 function catchUp(events) {  // show what is new to us of the history; null: there is none
   let missed = (events || []).filter(event => event.id > lastId);
   if (awaySince) {
@@ -2108,7 +2102,7 @@ const sortedNames = () => [...people.keys()].sort(new Intl.Collator().compare);
 function setPeople(all) { people = new Map(all.map(each => [each.name, each.operator])); paintPeopleSoon(); }
 function paintPeople() {
   peopleBox.hidden = !people.size;
-  find("summary").textContent = `${people.size} here`;
+  query("summary").textContent = `${people.size} here`;
   if (!peopleBox.open || peopleList.matches(":hover, :focus-within")) return;
   peopleList.replaceChildren(...sortedNames().map(name => {
     const onclick = () => { input.value = `/msg ${name} ` + input.value.replace(/^\/msg (\S+ )?/, ""); closeList(); };
@@ -2224,32 +2218,32 @@ function sendLine(line) {  // returns whether the input may be cleared
   paintSoon();
   return true;
 }
-form.onsubmit = event => {
-  event.preventDefault();
+form.onsubmit = submit => {
+  submit.preventDefault();
   if (state !== "left" && !canSend()) return;
   setStatus("");
   if (state === "left") { setOwnName(input.value.trim().slice(0, 100)); connect(); }
   else if (!sendLine(input.value)) return;
   input.value = "";
 };
-input.onpaste = event => {  // an input would join the lines into one
-  const all = event.clipboardData.getData("text").split(/\r\n?|\n/);
+input.onpaste = paste => {  // an input would join the lines into one
+  const all = paste.clipboardData.getData("text").split(/\r\n?|\n/);
   if (all.length === 1 || !canSend()) return;
-  event.preventDefault();
+  paste.preventDefault();
   all[0] = input.value.slice(0, input.selectionStart) + all[0];
   const last = all.pop() + input.value.slice(input.selectionEnd);
   setStatus("");
   input.value = [...all.filter(line => !sendLine(line)), last].join(" ");
 };
-input.onkeydown = event => {
-  if (event.shiftKey || event.isComposing) return;
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = inputIndex + step;
+input.onkeydown = press => {
+  if (press.shiftKey || press.isComposing) return;
+  const step = { ArrowUp: -1, ArrowDown: 1 }[press.key], to = inputIndex + step;
   if (step && to in inputHistory) {
-    event.preventDefault();
+    press.preventDefault();
     inputHistory[inputIndex] = input.value;
     input.value = inputHistory[inputIndex = to];
   }
-  if (event.key === "Tab" && complete()) event.preventDefault();
+  if (press.key === "Tab" && complete()) press.preventDefault();
 };
 function complete() {  // the first name that fits, before the cursor; false if none
   const before = input.value.slice(0, input.selectionStart);
@@ -2260,10 +2254,10 @@ function complete() {  // the first name that fits, before the cursor; false if 
   if (found) input.setRangeText(found + (start ? " " : ": "), start, before.length, "end");
   return Boolean(found);
 }
-onkeydown = event => { if (event.key === "Escape" && peopleBox.open) closeList(); };
+onkeydown = press => { if (press.key === "Escape" && peopleBox.open) closeList(); };
 peopleBox.ontoggle = peopleList.onmouseleave = paintPeople;
 onpagehide = () => socket.close();  // a browser may keep the page, and its connection
-setOwnName(stored.name || "");
+setOwnName(storage.name || "");
 connect();
 """  # noqa: E501
 
