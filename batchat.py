@@ -141,10 +141,10 @@ LINE_BYTES_LIMIT = 4096  # bytes, without the line end
 PRIVATE_LIMIT_FOR_WHISPERS, PRIVATE_LIMIT_FOR_INPUT = 64 << 10, 128 << 10
 
 # Tokens: an allowance of --rate a second.
-LINE_TOKENS = 1  # of every line or marker; those below are added to it
-JOIN_TOKENS = 4  # everyone reads that somebody joined, and later quit
-RENAME_TOKENS = 24  # everyone has to learn the new name
-WRONG_PASSWORD_TOKENS = 49
+LINE_TOKENS = 1  # of every line or marker; the next three come on top
+JOIN_TOKENS = 5 - LINE_TOKENS  # everyone reads that somebody joined, and later quit
+RENAME_TOKENS = 25 - LINE_TOKENS  # everyone has to learn the new name
+WRONG_PASSWORD_TOKENS = 50 - LINE_TOKENS
 BYTES_PER_TOKEN = 512  # of anything that is read
 WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 
@@ -181,7 +181,7 @@ class Log:
         self.data = bytearray()
         self.start = 0  # offset of data[0]
         self.newest_start = 0  # of the last event
-        self.broadcast_end = 0  # up to here all readers were sent it, unless they are blocked
+        self.broadcast_end = 0  # all readers that are not blocked were sent it up to here
 
     @property
     def end(self) -> int:
@@ -201,8 +201,8 @@ class Splice:
     """At `offset` of the log, insert private bytes, then go on at `resume`."""
 
     offset: int
-    private: bytes  # a reply to this client
-    resume: int  # after its own line
+    private: bytes  # for this client alone
+    resume: int  # where the log goes on
 
 
 class Outbox:
@@ -316,7 +316,7 @@ class Protocol:
     """
 
     ECHOES_OWN_LINES = False
-    PING_DATA = b""  # a ping, where the protocol has one
+    PING_FRAME = b""  # a ping, where the protocol has one
 
     replies = b""  # what the protocol itself answers
     trusts_forwarded_for = False  # of Web: X-Forwarded-For, from our proxy
@@ -629,7 +629,7 @@ class State(Enum):
       a valid name that is free              CHATTING       Chat._join
       a fifth name that is invalid or taken  CLOSING        Chat._ask_for_name
       a line too long, a web request, /quit  CLOSING        Chat._handle_name
-      too many people or connections, a ban  CLOSING        Chat._reject_if_needed
+      too many people, or a ban              CLOSING        Chat._reject_if_needed
     CHATTING
       /quit, kicked                          CLOSING        Chat._quit, _kick
     all but CLOSING
@@ -728,7 +728,7 @@ class Limiter:
         self.server_quota = Quota(settings.max_connections, SERVER_SPARE_PLACES)
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
-        self.own_networks: set[str] = set()  # of our addresses, as far as used
+        self.own_networks: set[str] = set()  # of those of our addresses that are in use
 
     def add(self, client: Client, ip_text: str) -> None:
         """Count a connection from an address; set `over_limit_code` if there are too many.
@@ -790,7 +790,7 @@ class Limiter:
             self._raise_virtual_time(client, tokens)
 
     def _raise_virtual_time(self, client: Client, tokens: float) -> None:
-        """Raise `virtual_time` by the seconds in which its share of the source gains `tokens`."""
+        """Raise `virtual_time`: if 4 share a source's 100 tokens a second, by 0.04 s for each."""
         share = client.source_quota.bucket.rate / client.source_quota.connection_count
         client.virtual_time = max(client.virtual_time, self.clock.now) + tokens / share
 
@@ -952,9 +952,9 @@ class Chat:
         self.to_reconcile: dict[Client, None] = {}
         self.appended_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
-        # When it was given up, its name_key, its owner.
+        # When a name was given up, its name_key, its owner.
         self._former_names: deque[tuple[float, str, Client]] = deque(maxlen=FORMER_NAMES_LIMIT)
-        self._ignorers: defaultdict[Client, set[Client]] = defaultdict(set)  # of each client
+        self._ignorers: defaultdict[Client, set[Client]] = defaultdict(set)  # who ignores each
 
     # The state machine
     def handle(self, client: Client, received: Received) -> None:
@@ -1089,7 +1089,7 @@ class Chat:
         server log gets the `reason`, or else the code.
         """
         was_chatting = client.state is CHATTING
-        client.enter(CLOSING, self.clock.now)  # first: after an error, `_abort` repeats nothing
+        client.enter(CLOSING, self.clock.now)  # first: if a step fails, `_abort` repeats none
         self.to_reconcile[client] = None
         if was_chatting:
             self._release_name(client)
@@ -1098,7 +1098,10 @@ class Chat:
             self._ignorers.pop(client, None)
             for ignorers in self._ignorers.values():
                 ignorers.discard(client)
-            self.publish("kicked" if closing_code == "kicked" else "quit", client, **fields)
+            if closing_code == "kicked":
+                self.publish("kicked", client, **fields)
+            else:
+                self.publish("quit", client)
             how = f"{reason or closing_code} ({client.peer_label}, {len(self.people)} here)"
             logger.info("%s left: %s", client.name, how)
         else:
@@ -1482,7 +1485,7 @@ class Reactor:
 
     def _check_timeouts(self, client: Client) -> None:
         """End what takes too long, and ping a WebSocket that is silent."""
-        ping = client.protocol.PING_DATA if client.protocol.accepts_events else b""
+        ping = client.protocol.PING_FRAME if client.protocol.accepts_events else b""
         if self.clock.now >= client.deadline:
             if client.state is CLOSING or client.lost_reason:
                 self._abort(client, "lost for too long")  # in CLOSING the reason is not used
@@ -1719,8 +1722,8 @@ def parse_request(head: bytes) -> tuple[str, str, dict[str, str]]:
 
 
 # A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
-CONTINUATION_FRAME, TEXT_FRAME, BINARY_FRAME = 0x0, 0x1, 0x2
-CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x8, 0x9, 0xA
+CONTINUATION_OPCODE, TEXT_OPCODE, BINARY_OPCODE = 0x0, 0x1, 0x2
+CLOSE_OPCODE, PING_OPCODE, PONG_OPCODE = 0x8, 0x9, 0xA
 FIN_BIT, RSV_BITS, MASK_BIT = 0x80, 0x70, 0x80
 # Close codes (RFC 6455, section 7.4.1): going away, and try again later.
 WEBSOCKET_CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}
@@ -1760,7 +1763,7 @@ class Web(Protocol):
     """
 
     ECHOES_OWN_LINES = True  # as a confirmation
-    PING_DATA = encode_frame(PING_FRAME, b"")
+    PING_FRAME = encode_frame(PING_OPCODE, b"")
 
     def __init__(self) -> None:
         self._phase = REQUEST
@@ -1771,7 +1774,7 @@ class Web(Protocol):
 
     @staticmethod
     def encode(event: Event) -> bytes:
-        return encode_frame(TEXT_FRAME, encode_json(event).encode())
+        return encode_frame(TEXT_OPCODE, encode_json(event).encode())
 
     @property
     def accepts_events(self) -> bool:
@@ -1863,11 +1866,11 @@ class Web(Protocol):
             return False
         is_final, opcode, size = data[0] & FIN_BIT, data[0] & 0x0F, data[1] & 0x7F
         start = 6  # of the payload, after two bytes and the mask
-        is_control_frame = opcode in (CLOSE_FRAME, PING_FRAME, PONG_FRAME)
-        expected = TEXT_FRAME if self._fragments is None else CONTINUATION_FRAME
+        is_control_frame = opcode in (CLOSE_OPCODE, PING_OPCODE, PONG_OPCODE)
+        expected = TEXT_OPCODE if self._fragments is None else CONTINUATION_OPCODE
         is_valid = (is_final and size < 126) if is_control_frame else opcode == expected
         if not is_valid or data[0] & RSV_BITS or not data[1] & MASK_BIT:
-            self._send_close(1003 if opcode == BINARY_FRAME else 1002)
+            self._send_close(1003 if opcode == BINARY_OPCODE else 1002)
             return True
         if size >= 126:
             start = 8 if size == 126 else 14
@@ -1882,9 +1885,9 @@ class Web(Protocol):
             return False
         self._data = data[end:]
         payload = unmask(data[start:end], data[start - 4 : start])
-        if opcode == PING_FRAME:
-            self.replies += encode_frame(PONG_FRAME, payload)
-        elif opcode == CLOSE_FRAME:
+        if opcode == PING_OPCODE:
+            self.replies += encode_frame(PONG_OPCODE, payload)
+        elif opcode == CLOSE_OPCODE:
             websocket_code = int.from_bytes(payload[:2], "big")  # we answer with the same
             known = 1000 <= websocket_code <= 4999 and websocket_code not in (1005, 1006, 1015)
             self._send_close(websocket_code if known or not payload else 1002)
@@ -1899,7 +1902,7 @@ class Web(Protocol):
     def _send_close(self, websocket_code: int) -> None:
         """Send a close frame (0: without a code), and ignore what follows."""
         payload = struct.pack("!H", websocket_code) if websocket_code else b""
-        self.replies += encode_frame(CLOSE_FRAME, payload)
+        self.replies += encode_frame(CLOSE_OPCODE, payload)
         self._phase = ENDED
 
 
@@ -2007,10 +2010,10 @@ function setState(next) {
 function receive(event) { (handlers[event.type] || show)(event); }
 const handlers = {
   greeting(event) {
-    const query = `?${event.protocol}`;
-    if (event.protocol !== PROTOCOL_VERSION && location.search !== query) {  // load the new page, once
+    const search = `?${event.protocol}`;
+    if (event.protocol !== PROTOCOL_VERSION && location.search !== search) {  // load the new page, once
       socket.close();
-      return location.replace(query);
+      return location.replace(search);
     }
     if (!ownName) show(event);
     if (event.room !== runId) lastId = -1;

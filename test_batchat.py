@@ -3311,10 +3311,10 @@ def test_log_is_of_people_who_joined(tmp_path):
 
 def test_states_are_as_their_table_says():
     """Its arrows are NEXT_STATES, and nothing else in the code changes a state."""
-    table = batchat.State.__doc__.partition("    The others")[0]
+    table = inspect.getdoc(batchat.State).partition("The others")[0].partition("\n")[2]
     arrows, named = {each: set() for each in batchat.State}, {Chat.start_closing}
-    for indent, text in re.findall(r"^( {4,6})(\S.*)$", table, re.MULTILINE):
-        if len(indent) == 4:
+    for indent, text in re.findall(r"^(  )?(\S.*)$", table, re.MULTILINE):
+        if not indent:
             states = [each for each in arrows if each.name == text] or [*arrows][:-1]
             continue
         *_, then, places = re.split("  +", text)
