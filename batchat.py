@@ -150,7 +150,7 @@ WHO_BYTES_PER_TOKEN = 16 << 10  # of the answer to /who
 
 
 class Settings(NamedTuple):
-    """What the server runs with: options, and what follows from them."""
+    """The options, and what follows from them."""
 
     rate: int = 10  # lines a second from one person; 0 is no limit
     max_people: int = 0  # in the room; 0 is no limit
@@ -638,9 +638,9 @@ class State(Enum):
       too far behind, an error, evicted      CLOSING        Reactor._abort
       the server is stopped                  CLOSING        Reactor.stop
     CLOSING
-      all is sent, and the peer has closed   closed         Reactor._reconcile
-      not in time, an error, evicted         closed         Reactor._abort, _evict_for
-      the server ends                        closed         Reactor.run
+      all is sent, and the peer has closed   CLOSED         Reactor._reconcile
+      not in time, an error, evicted         CLOSED         Reactor._abort, _evict_for
+      the server ends                        CLOSED         Reactor.run
 
     The others are told when somebody becomes CHATTING, and when they no longer are: Chat.people
     are those.  Besides, a client may be
@@ -654,15 +654,16 @@ class State(Enum):
     to abort one departing too many, or to close it if it is done.
     """
 
-    CONNECTING, AWAITING_NAME, CHATTING, CLOSING = range(4)
+    CONNECTING, AWAITING_NAME, CHATTING, CLOSING, CLOSED = range(5)
 
 
-CONNECTING, AWAITING_NAME, CHATTING, CLOSING = State
+CONNECTING, AWAITING_NAME, CHATTING, CLOSING, CLOSED = State
 NEXT_STATES = {
     CONNECTING: (AWAITING_NAME, CLOSING),
     AWAITING_NAME: (CHATTING, CLOSING),
     CHATTING: (CLOSING,),
-    CLOSING: (),
+    CLOSING: (CLOSED,),
+    CLOSED: (),
 }
 NEVER = math.inf
 STATE_SECONDS = {
@@ -670,6 +671,7 @@ STATE_SECONDS = {
     AWAITING_NAME: 120.0,
     CHATTING: NEVER,
     CLOSING: 5.0,  # to send what is pending, and for the peer to close
+    CLOSED: NEVER,
 }
 LOST_SECONDS = 120.0  # to process what the peer sent before a reset
 
@@ -1548,7 +1550,7 @@ class Reactor:
     # One connection
     def _guard(self, step: Callable[..., None], client: Client, *arguments: Any) -> None:
         """Take a step with one connection; if it fails, drop that one alone."""
-        if client not in self.clients:
+        if client.state is CLOSED:
             return
         try:
             step(client, *arguments)
@@ -1559,13 +1561,14 @@ class Reactor:
             logger.exception("an internal error, with %s", client.peer_label)
             reason = "an internal error"
         # Not in `except`: its traceback keeps a view of the log.  `_abort` can fail twice: then the
-        # client is CLOSING, then it is no longer here.
+        # client is CLOSING, then it is CLOSED.
         self._guard(self._abort, client, reason)
 
     def _input_ready_at(self, client: Client) -> float:
         """When this client's input may be processed; NEVER if something must change first."""
-        over_private_limit = client.outbox.private_size > PRIVATE_LIMIT_FOR_INPUT
-        if self.is_paused or over_private_limit or self.chat.appended_bytes > LAG_LIMIT:
+        is_full = client.outbox.private_size > PRIVATE_LIMIT_FOR_INPUT
+        is_ending = client.state in (CLOSING, CLOSED)
+        if self.is_paused or is_full or is_ending or self.chat.appended_bytes > LAG_LIMIT:
             return NEVER
         return max(client.bucket.ready_at, client.source_quota.bucket.ready_at)
 
@@ -1592,7 +1595,7 @@ class Reactor:
         self.with_input[client] = self.with_input.pop(client)
         size = BYTES_PER_TOKEN if self.limiter.settings.rate else READ_SIZE  # a token's worth
         protocol, was_fed = client.protocol, False
-        while client.state is not CLOSING and self._input_ready_at(client) <= self.clock.now:
+        while self._input_ready_at(client) <= self.clock.now:
             received = protocol.next()
             if protocol.replies:
                 self.chat.send_raw(client, protocol.take_replies())
@@ -1683,6 +1686,7 @@ class Reactor:
         self._close(client)
 
     def _close(self, client: Client) -> None:
+        client.enter(CLOSED, self.clock.now)
         for collection in (self.clients, self.with_input, self.blocked):
             collection.pop(client, None)
         self.limiter.remove(client)

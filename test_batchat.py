@@ -638,6 +638,7 @@ class Peer:
     """A simulated client, the network up to it, and what the model knows about it."""
 
     connection: batchat.Client  # since it was accepted
+    deadline = NEVER  # when its last state would have ended
 
     def __init__(self, world: World, protocol: type[Protocol], host: str, low_water: int):
         self.world, self.protocol, self.host = world, protocol, host
@@ -724,13 +725,13 @@ class Peer:
     @property
     def departs(self) -> bool:
         over_limit = self.connection.over_limit_code != ""
-        return self.stage == "closing" or over_limit or self.sock.error_seen
+        return over_limit or self.sock.error_seen or self.stage == "closing"
 
     @property
     def may_be_dropped(self) -> dict[str, bool]:
         """Reasons why the server ends a connection by itself, and whether they apply."""
         world, sock = self.world, self.sock
-        over = world.now > self.connection.deadline - 1e-6
+        over = world.now > min(self.deadline, self.connection.deadline) - 1e-6
         crowd = sum(each.departs for each in world.open)
         return {
             os.strerror(self.broken): sock.error_seen and self.broken != 0,
@@ -945,6 +946,10 @@ class WatchedReactor(batchat.Reactor):
         world.paused_seconds += (world.now - world.late_by - began_at) * world.was_paused
         world.check()
 
+    def _close(self, client):
+        client.sock.peer.deadline = client.deadline
+        super()._close(client)
+
 
 class WatchedChat(Chat):
     """The real chat; the model notes what anybody must be sent."""
@@ -975,17 +980,16 @@ class WatchedChat(Chat):
     def publish(self, kind: str, person, **fields):
         before = {log: log.end for log in self.logs.values()}
         super().publish(kind, person, **fields)
-        subject, a_line = person.sock.peer, batchat.LINE_BYTES_LIMIT + 100
-        most = 2 * batchat.LAG_LIMIT + 4 * a_line
+        who, most = person.sock.peer, 2 * batchat.LAG_LIMIT + 4 * (batchat.LINE_BYTES_LIMIT + 100)
         assert all(len(log.data) < most for log in before)
         data = {log.protocol_class: bytes(log.data[at - log.start :]) for log, at in before.items()}
         for peer in self.world.inside:
-            own = peer is subject and peer.protocol is Telnet
-            if kind not in ("said", "did") or not (own or subject in peer.ignored):
+            own = peer is who and peer.protocol is Telnet
+            if kind not in ("said", "did") or not (own or who in peer.ignored):
                 peer.must_be_sent(data[peer.protocol])
         self.world.reached[kind] += 1
         if kind == "joined":
-            subject.stage = "chatting"
+            who.stage = "chatting"
 
     def start_closing(self, person, code="", reason="", **fields: str):
         peer, why = person.sock.peer, reason or code
@@ -2300,8 +2304,7 @@ def test_proxy_tells_the_address_of_a_browser(worlds):
     assert b'"code":"crowded"' in newcomers[2].got
     counted = {name: each.connection_count for name, each in world.reactor.limiter.quotas.items()}
     assert counted == {"localhost": 2, told: 3, "2001:db8::/64": 1}
-    label = newcomers[0].connection.peer_label
-    assert re.fullmatch(rf"{told} through 127\.0\.0\.1 port \d+", label)
+    assert re.fullmatch(rf"{told} through 127\S+ port \d+", newcomers[0].connection.peer_label)
 
 
 def test_proxy_newcomer_who_is_banned_is_told(worlds):
@@ -3304,23 +3307,21 @@ def test_log_is_of_people_who_joined(tmp_path):
             with server.connect().sock as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, batchat.RESET)
         _mike = server.join("mike")
-    time_ = r"[-\d]+ [:\d]+ "
-    pattern = f"{time_}BATCHAT.*\n{time_}mike joined from 127.0.0.1 .*\n"
+    pattern = r"[-\d]+ [:\d]+ BATCHAT.*\n[-\d]+ [:\d]+ mike joined from 127.0.0.1 .*\n"
     assert re.fullmatch(pattern, (tmp_path / "log").read_text())
 
 
 def test_states_are_as_their_table_says():
-    """Its arrows are NEXT_STATES, and nothing else in the code changes a state."""
+    """Its arrows are NEXT_STATES, and nothing else changes a state."""
     table = inspect.getdoc(batchat.State).partition("The others")[0].partition("\n")[2]
-    arrows, named = {each: set() for each in batchat.State}, {Chat.start_closing}
+    arrows, named = {s: set() for s in batchat.State}, {Chat.start_closing, batchat.Reactor._close}
     for indent, text in re.findall(r"^(  )?(\S.*)$", table, re.MULTILINE):
         if not indent:
-            states = [each for each in arrows if each.name == text] or [*arrows][:-1]
+            states = [each for each in arrows if each.name == text] or [*arrows][:-2]
             continue
-        *_, then, places = re.split("  +", text)
-        owner, *methods = re.findall(r"\w+", places)
-        named |= {getattr(batchat, owner).__dict__[each] for each in methods}
-        for state in states if then != "closed" else ():
+        *_, then, owner, methods = re.split(r"  +|\.", text)
+        named |= {getattr(batchat, owner).__dict__[each] for each in methods.split(", ")}
+        for state in states:
             arrows[state].add(batchat.State[then])
     assert arrows == {each: {*then} for each, then in batchat.NEXT_STATES.items()}
     methods = filter(inspect.isfunction, [*vars(Chat).values(), *vars(batchat.Reactor).values()])
@@ -3881,8 +3882,7 @@ def test_page_says_why_a_name_is_refused(mike, page_server):
 
 
 def test_page_has_no_sentence_of_the_room():
-    script = batchat.SCRIPT.replace(json.dumps(batchat.PAGE_CONSTANTS), "")
-    script = script.replace("joined(event)", "")
+    script = batchat.SCRIPT.split("};", 1)[1].replace("joined(event)", "")
     words = ("joined", "has quit", "known as", "was kicked", "Hey", "is taken", "full,")
     assert not [word for word in words if word in script]
 
