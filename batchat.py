@@ -632,7 +632,7 @@ class State(Enum):
       too many people, or a ban              CLOSING        Chat._reject_if_needed
     CHATTING
       /quit, kicked                          CLOSING        Chat._quit, _kick
-    all but CLOSING
+    any of these
       DISCONNECT: Ctrl-C, EOF, a page sent   CLOSING        Chat.handle
       not in time (if lost, it is aborted)   CLOSING        Reactor._check_timeouts
       too far behind, an error, evicted      CLOSING        Reactor._abort

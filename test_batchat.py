@@ -3088,7 +3088,7 @@ def test_where_it_is_full_newcomers_are_rejected(worlds, limits, host, text):
     "limits, protocol, host, most",
     ({"max_connections": 10}, Telnet, "198.51.100.9", 10 + 16),
     ({"per_address": 10}, Telnet, "203.0.113.5", 10 + 100),
-    ({"per_address": 10, "behind_proxy": True}, Web, "for 203.0.113.5", 10 + 100),
+    ({"per_address": 10, "behind_proxy": True, "rate": 9}, Web, "for 203.0.113.5", 10 + 100),
 )
 def test_rejected_newcomers_take_no_place(worlds, limits, protocol, host, most):
     """They are few at a time.  Nobody else is closed for them."""
