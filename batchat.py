@@ -14,7 +14,7 @@ A client is one connection, and the peer is the program at its other end.  Once 
 is one of the people in the room, and a reader of its format's log.
 
 Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Client, Limiter  6. Chat
-7. Reactor  8. The web  9. The page  10. main.  Only 7 and 10 use sockets.  8 and 9 are only for
+7. Reactor  8. The web  9. The page  10. main.  Only 7 and 10 use sockets.  8 and 9 are for
 browsers and bots.
 """
 
@@ -57,7 +57,7 @@ logger = logging.getLogger("batchat")
 # "type", then the fields of README's table.  A WebSocket is sent JSON, telnet what `render_text`
 # makes of it.
 Event = Dict[str, Any]
-PROTOCOL_VERSION = 1  # in a greeting: a page that was made for another one reloads itself
+PROTOCOL_VERSION = 1  # in a greeting: a page made for another one reloads itself
 
 BANNER = r"""
    ____      _       _____     ____   _   _      _       _____   
@@ -517,7 +517,7 @@ class Telnet(Protocol):
         if end < 0:
             if self._data.endswith((CTRL_C, CTRL_D)):
                 return DISCONNECT
-            # One byte over the limit is enough to see that a line is too long.
+            # One byte over the limit shows that a line is too long.
             self._data, self._consumed = self._data[start : start + LINE_BYTES_LIMIT + 1], 0
             return None
         line, self._consumed = self._data[start:end], end + 1
@@ -648,10 +648,10 @@ class State(Enum):
       lost        from Reactor._mark_lost on: nothing can be sent; what was read is processed
       at EOF      from Reactor._read on: nothing more can be read
       blocked     while its socket is full
-      done        CLOSING, and nothing is pending: the peer has to close
+      drained     CLOSING, and nothing is pending: the peer has to close
     Those who are over limit, lost or CLOSING are departing: they take no place (Quota.departing).
     To reject is to close before CHATTING, to abort is to close at once, with a reset.  To evict is
-    to abort one departing too many, or to close it if it is done.
+    to abort one departing too many, or to close it if it is drained.
     """
 
     CONNECTING, AWAITING_NAME, CHATTING, CLOSING, CLOSED = range(5)
@@ -717,7 +717,7 @@ class Client:
         return self.state_since + STATE_SECONDS[self.state]
 
     @property
-    def is_done(self) -> bool:
+    def is_drained(self) -> bool:
         return self.state is CLOSING and not self.outbox.has_pending
 
 
@@ -730,12 +730,12 @@ class Limiter:
         self.server_quota = Quota(settings.max_connections, SERVER_SPARE_PLACES)
         self.quotas: dict[str, Quota] = {}  # by source
         self.bans: dict[str, float] = {}  # when they end, by address or /64
-        self.own_networks: set[str] = set()  # of those of our addresses that are in use
+        self.own_networks: set[str] = set()  # of our addresses in use
 
     def add(self, client: Client, ip_text: str) -> None:
         """Count a connection from an address; set `over_limit_code` if there are too many.
 
-        One that a proxy has made is added again, with the address that it tells.
+        One from a proxy is added again, with the address that it tells.
         """
         client.over_limit_code = ""
         client.address = parse_address(ip_text)
@@ -780,8 +780,8 @@ class Limiter:
         """A departing connection to close, if too many are like this one; else None."""
         for quota in (self.server_quota, client.source_quota):
             if len(quota.departing) > quota.departing_limit:
-                # First those who are done; among equals, the one who has used most.
-                return max(quota.departing, key=lambda other: (other.is_done, other.virtual_time))
+                # First the drained; among equals, the one who has used most.
+                return max(quota.departing, key=lambda one: (one.is_drained, one.virtual_time))
         return None
 
     def charge(self, client: Client, tokens: float) -> None:
@@ -1542,7 +1542,7 @@ class Reactor:
     def _evict_for(self, client: Client) -> None:
         """Close departing connections, while too many share a quota with this one."""
         while other := self.limiter.pick_to_evict(client):
-            if other.is_done:
+            if other.is_drained:
                 self._close(other)
             else:
                 self._guard(self._abort, other, "too many connections")
@@ -1634,7 +1634,7 @@ class Reactor:
         if client.state is CLOSING:  # reads go on, up to EOF
             client.read_buffer = b""
             self.with_input.pop(client, None)
-        if client.is_done:
+        if client.is_drained:
             if client.at_eof:
                 self._close(client)
                 return
@@ -1686,6 +1686,7 @@ class Reactor:
         self._close(client)
 
     def _close(self, client: Client) -> None:
+        """Forget a client.  Chat._former_names may keep it: empty its buffers."""
         client.enter(CLOSED, self.clock.now)
         for collection in (self.clients, self.with_input, self.blocked):
             collection.pop(client, None)
@@ -1694,7 +1695,7 @@ class Reactor:
             self.selector.unregister(client.sock)
         with suppress(OSError):  # nothing else to do
             client.sock.close()
-        client.read_buffer = b""  # free the memory: Chat._former_names may keep this object
+        client.read_buffer = b""
         client.protocol = type(client.protocol)()
         client.outbox.discard()
 
