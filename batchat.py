@@ -609,14 +609,14 @@ class Quota:
         self.departing: dict[Client, None] = {}
 
     @property
-    def free_places(self) -> int:
-        """Free places, where there is a limit; below 0 if too many are taken."""
-        return self.limit - self.connection_count + len(self.departing)
+    def has_too_many(self) -> bool:
+        """Whether there is no place for all; the departing take none."""
+        return 0 < self.limit < self.connection_count - len(self.departing)
 
     @property
-    def departing_limit(self) -> int:
-        """How many may be departing: they may use free places, or at least the spare ones."""
-        return max(self.spare_places, self.free_places) if self.limit else self.spare_places
+    def has_too_many_departing(self) -> bool:
+        """Whether the departing fill the spare places, and there is no other for them."""
+        return len(self.departing) > self.spare_places and self.connection_count > self.limit
 
 
 class State(Enum):
@@ -743,7 +743,7 @@ class Limiter:
         client.bucket = TokenBucket(self.settings.rate)
         for quota, closing_code in ((client.source_quota, "crowded"), (self.server_quota, "full")):
             quota.connection_count += 1
-            if quota.limit and quota.free_places < 0:
+            if quota.has_too_many:
                 client.over_limit_code = closing_code
         if client.over_limit_code or client.lost_reason:  # lost before it was added again
             self.mark_departing(client)
@@ -779,7 +779,7 @@ class Limiter:
     def pick_to_evict(self, client: Client) -> Client | None:
         """A departing connection to close, if too many are like this one; else None."""
         for quota in (self.server_quota, client.source_quota):
-            if len(quota.departing) > quota.departing_limit:
+            if quota.has_too_many_departing:
                 # First the drained; among equals, the one who has used most.
                 return max(quota.departing, key=lambda one: (one.is_drained, one.virtual_time))
         return None
@@ -1263,6 +1263,7 @@ class Chat:
 
     @command("/bans", "show the banned addresses", operators_only=True)
     def _bans(self, client: Client) -> None:
+        self.limiter.tick()  # forgets the bans that are over
         if not self.limiter.bans:
             self.send(client, "notice", text="No address is banned.")
         for source in self.limiter.bans:
