@@ -14,8 +14,7 @@ A client is one connection, and the peer is the program at its other end.  Once 
 is one of the people in the room, and a reader of its format's log.
 
 Parts: 1. Events  2. Settings  3. Log and Outbox  4. Protocol, Telnet  5. Client, Limiter  6. Chat
-7. Reactor  8. The web  9. The page  10. main.  Only 7 and 10 use sockets.  8 and 9 are for
-browsers and bots.
+7. Reactor  8. The web  9. The page  10. main.  Only 7 and 10 use sockets.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ import struct
 import sys
 import time
 import unicodedata
+import weakref
 from base64 import b64encode
 from collections import defaultdict, deque
 from contextlib import suppress
@@ -354,7 +354,7 @@ class Protocol:
         return replies
 
 
-# Escape sequences (ECMA-48, section 5.4; xterm's SS3 and OSC) none with a slash, as in /op.
+# Escape sequences (ECMA-48, 5.4; xterm's SS3 and OSC) none with a slash, as in /op.
 ESCAPE = re.compile(
     r"""(?: \x1b\[ \[? | \x9b ) [0-?]* [ -.]* [@-~]  # CSI, parameters, final byte
       | \x1bO [@-~]  # SS3 and its letter
@@ -620,7 +620,7 @@ class Quota:
 
 
 class State(Enum):
-    """The state of a client: what changes it, to which, and where in the code (as a test checks).
+    """The state of a client: what changes it, to which, and where in the code.
 
     CONNECTING
       telnet: at once; browser: a WebSocket  AWAITING_NAME  Chat.greet
@@ -871,7 +871,7 @@ INVISIBLE = re.compile(
 # said.  Nor is "/op-ed": better to refuse too much than to tell a password.
 OP_PATTERN = r"[/\\\u2044\u2215\u29f8\uff0f\uff3c]\s*[o\uff4f][p\uff50]"
 PASSWORD_LINE = re.compile(rf"[\W_]*{OP_PATTERN}(\W.*|\Z)", re.IGNORECASE | re.DOTALL)
-HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, section 3
+HTTP_REQUEST = re.compile(r"\S+ \S+ HTTP/\d")  # RFC 9112, 3
 
 
 def name_key(name: str) -> str:
@@ -954,8 +954,8 @@ class Chat:
         self.to_reconcile: dict[Client, None] = {}
         self.appended_bytes = 0  # of events and private bytes, in this iteration
         self._last_id = 0  # of an event
-        # When a name was given up, its name_key, its owner.
-        self._former_names: deque[tuple[float, str, Client]] = deque(maxlen=FORMER_NAMES_LIMIT)
+        # When a name was given up, its name_key, and its owner's address and weakref.
+        self._former_names: deque[Any] = deque(maxlen=FORMER_NAMES_LIMIT)
         self._ignorers: defaultdict[Client, set[Client]] = defaultdict(set)  # who ignores each
 
     # The state machine
@@ -1127,25 +1127,30 @@ class Chat:
         """Free a name; operators can still find its last owner."""
         key = name_key(client.name)
         del self.people[key]
-        self._former_names.append((self.clock.now, key, client))
+        self._former_names.append((self.clock.now, key, client.address, weakref.ref(client)))
 
-    def _find(self, name: str, former: bool = False) -> Client:
-        """Who has this name, or (`former`) had it last, here or gone; raises Refused."""
+    def _find(self, name: str) -> Client:
+        """Who has this name; raises Refused."""
+        if name_key(name) not in self.people:
+            raise Refused(f"Nobody here is called {name}.")
+        return self.people[name_key(name)]
+
+    def _find_last(self, name: str) -> tuple[PeerAddress, Client | None]:
+        """The address of who has this name or had it last, and who, if here; raises Refused."""
         key, oldest = name_key(name), self.clock.now - FORMER_NAME_SECONDS
-        if key in self.people:
-            return self.people[key]
-        if former:
-            for given_up_at, old_key, client in reversed(self._former_names):
+        if key not in self.people:
+            for given_up_at, old_key, address, owner in reversed(self._former_names):
                 if old_key == key and given_up_at > oldest:
-                    return client
-        raise Refused(f"Nobody here is called {name}.")
+                    return address, owner()
+        client = self._find(name)
+        return client.address, client
 
     def _address_of(self, target: str) -> PeerAddress:
         """The address of a name, or `target` itself, also an IPv6 /64; raises Refused."""
         try:
             return parse_address(target)
         except ValueError:
-            return self._find(target, former=True).address
+            return self._find_last(target)[0]
 
     # Commands
     def _run_command(self, client: Client, line: str) -> None:
@@ -1237,8 +1242,8 @@ class Chat:
 
     @command("/kick NAME [WHY]", "remove somebody", operators_only=True)
     def _kick(self, client: Client, name: str, reason: str = "no reason given") -> None:
-        other = self._find(name, former=True)
-        if other.state is not CHATTING:
+        _, other = self._find_last(name)
+        if not other or other.state is not CHATTING:
             raise Refused(f"{name} has left already.")
         logger.info("%s kicked %s (%s)", client.name, other.name, client.peer_label)
         self.start_closing(other, "kicked", by=client.name, text=reason)
@@ -1256,7 +1261,7 @@ class Chat:
         self.history.forget(source)
         self.limiter.ban(source, minutes)
         minutes = self.limiter.banned_minutes(source)
-        with suppress(Refused):  # nobody to kick: it is an address, or they have left
+        with suppress(Refused):  # nobody is here to kick
             self._kick(client, target, f"banned for {minutes} min")
         logger.info("%s banned %s for %d min", client.name, source, minutes)
         self.send(client, "notice", text=f"{source} is banned for {minutes} min.")
@@ -1687,7 +1692,7 @@ class Reactor:
         self._close(client)
 
     def _close(self, client: Client) -> None:
-        """Forget a client.  Chat._former_names may keep it: empty its buffers."""
+        """Forget a client, in any state."""
         client.enter(CLOSED, self.clock.now)
         for collection in (self.clients, self.with_input, self.blocked):
             collection.pop(client, None)
@@ -1696,9 +1701,6 @@ class Reactor:
             self.selector.unregister(client.sock)
         with suppress(OSError):  # nothing else to do
             client.sock.close()
-        client.read_buffer = b""
-        client.protocol = type(client.protocol)()
-        client.outbox.discard()
 
 
 # ---
@@ -1709,7 +1711,7 @@ HEAD_LIMIT = 8 << 10  # bytes of a request
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 HEADER_PATTERN = r"\r?\n([^\s:]+):([^\r\n]*)"
 REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{HEADER_PATTERN})*)")
-WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 
 
 def digest(algorithm: str, text: str) -> str:
@@ -1727,11 +1729,11 @@ def parse_request(head: bytes) -> tuple[str, str, dict[str, str]]:
     return method, target.partition("?")[0], headers
 
 
-# A frame's opcodes, and the high bits of its first two bytes (RFC 6455, section 5.2).
+# A frame's opcodes, and the high bits of its first two bytes (RFC 6455, 5.2).
 CONTINUATION_OPCODE, TEXT_OPCODE, BINARY_OPCODE = 0x0, 0x1, 0x2
 CLOSE_OPCODE, PING_OPCODE, PONG_OPCODE = 0x8, 0x9, 0xA
 FIN_BIT, RSV_BITS, MASK_BIT = 0x80, 0x70, 0x80
-# Close codes (RFC 6455, section 7.4.1): going away, and try again later.
+# Close codes (RFC 6455, 7.4.1): going away, and try again later.
 WEBSOCKET_CLOSE_CODES = {"shutdown": 1001, "full": 1013, "crowded": 1013}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -1829,7 +1831,7 @@ class Web(Protocol):
         return self._respond(404)
 
     def _upgrade(self, headers: dict[str, str], rest: bytes) -> Received:
-        """Open a WebSocket (RFC 6455, section 4.2); `rest` came after the head."""
+        """Open a WebSocket (RFC 6455, 4.2); `rest` came after the head."""
         key = headers.get("sec-websocket-key", "")
         if not key or "websocket" not in headers.get("upgrade", "").lower():
             return self._respond(426)
