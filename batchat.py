@@ -118,7 +118,7 @@ def render_text(event: Event) -> str:
             names.append(mark + row["name"] + address)
         return template.format(count=len(names), names=", ".join(names))
     if event_type == "help":
-        return "".join(template.format(usage=u, text=t) for u, t in event["commands"])
+        return "".join(template.format(usage=usage, text=text) for usage, text in event["commands"])
     if event_type == "history":
         if not (events := event["events"]):
             return ""
@@ -1059,12 +1059,13 @@ class Chat:
 
     def _reject_if_needed(self, client: Client) -> bool:
         """Disconnect a client that may not join; returns whether it did."""
-        minutes = self.limiter.banned_minutes(*client.address.sources)
-        is_full = 0 < self.settings.max_people <= len(self.people)
-        closing_code = "banned" if minutes else "full" if is_full else client.over_limit_code
-        if closing_code:
-            self.start_closing(client, closing_code, minutes=minutes)
-        return bool(closing_code)
+        if minutes := self.limiter.banned_minutes(*client.address.sources):
+            self.start_closing(client, "banned", minutes=minutes)
+        elif 0 < self.settings.max_people <= len(self.people):
+            self.start_closing(client, "full")
+        elif client.over_limit_code:
+            self.start_closing(client, client.over_limit_code)
+        return client.state is CLOSING
 
     def _join(self, client: Client, text: str) -> None:
         """Let a client join under the name in `text`, or reject it; raises Refused."""
@@ -1496,7 +1497,7 @@ class Reactor:
         ping = client.protocol.PING_FRAME if client.protocol.accepts_events else b""
         if self.clock.now >= client.deadline:
             if client.state is CLOSING or client.lost_reason:
-                self._abort(client, "lost for too long")  # in CLOSING the reason is not used
+                self._abort(client, "took too long")
             else:
                 self.chat.start_closing(client, "timeout")
         elif ping and not client.outbox.has_pending and client not in self.with_input:
@@ -1542,11 +1543,11 @@ class Reactor:
         protocol.trusts_forwarded_for = is_local and self.limiter.settings.behind_proxy
         if protocol.accepts_events:
             self.chat.greet(client)
-        self._reconcile(client)
         self._evict_for(client)
 
     def _evict_for(self, client: Client) -> None:
         """Close departing connections, while too many share a quota with this one."""
+        self._reconcile(client)  # send what is pending before it may be evicted itself
         while other := self.limiter.pick_to_evict(client):
             if other.is_drained:
                 self._close(other)
@@ -1608,7 +1609,6 @@ class Reactor:
             if received is not None:
                 self.chat.handle(client, received)
                 if received is OPENED:  # `greet` may have counted it under another address
-                    self._reconcile(client)  # send the answer before it may be evicted
                     self._evict_for(client)
             elif not client.read_buffer and not client.at_eof:
                 del self.with_input[client]

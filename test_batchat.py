@@ -734,7 +734,7 @@ class Peer:
             os.strerror(self.broken): sock.error_seen and self.broken != 0,
             os.strerror(sock.failed): sock.failed > 0,
             "an internal error": sock.failed == OURS,
-            "lost for too long": over and (sock.error_seen or self.stage == "closing"),
+            "took too long": over and (sock.error_seen or self.stage == "closing"),
             "timeout": over and not sock.error_seen,
             "too far behind": self.connection.outbox.lag > batchat.LAG_LIMIT,
             "too many connections": self.departs and crowd > batchat.SERVER_SPARE_PLACES,
@@ -858,7 +858,7 @@ class SimulatedSocket(SimulatedFile):
         self.peer.ended |= how == socket.SHUT_RDWR or self.world.polite
 
     def close(self):
-        peer, dropped = self.peer, ("lost for too long", "too far behind", "too many connections")
+        peer, dropped = self.peer, ("took too long", "too far behind", "too many connections")
         done = self.end_seen and not peer.unsent
         assert done or peer.why in dropped or any(peer.may_be_dropped.values()), "without a reason"
         super().close()
@@ -3698,7 +3698,7 @@ def test_simulated_network():
     for given_, history in EXAMPLES:
         reached.update(simulate(given_, history, "all close").reached)
     runs()
-    wanted = {"full", "crowded", "banned", "kicked", "lost for too long", "too many connections"}
+    wanted = {"full", "crowded", "banned", "kicked", "took too long", "too many connections"}
     wanted |= {"interrupted", "paused", "paced", "too far behind", "accept fails"}
     assert wanted <= {name for name, times in reached.items() if times}
 
