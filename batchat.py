@@ -545,7 +545,6 @@ class PeerAddress(NamedTuple):
         return {self.host, self.network}
 
 
-@functools.lru_cache
 def parse_address(text: str) -> PeerAddress:
     """`text` as an address; for an IPv6 /64, both are the /64.  May raise ValueError."""
     ip_text, _, bits = text.partition("/")
@@ -593,7 +592,7 @@ class TokenBucket:
 
 SOURCE_RATE_FACTOR = 10  # times a client's rate
 LOCALHOST_RATE_FACTOR = 10  # times a source's rate
-SERVER_SPARE_PLACES = 16  # for departing clients, where the server is full
+SERVER_SPARE_PLACES = 16  # for departing clients
 SOURCE_SPARE_PLACES = 100  # the same, for each source
 QUOTAS_LIMIT = 10_000  # more only while all are in use
 
@@ -1045,9 +1044,8 @@ class Chat:
             self.limiter.add(client, forwarded_for)
         if not self._reject_if_needed(client):
             client.enter(AWAITING_NAME, self.clock.now)
-            fields = {"banner": BANNER, "text": self.settings.greeting, "room": self.run_id}
-            version, size = PROTOCOL_VERSION, LINE_BYTES_LIMIT
-            self.send(client, "greeting", protocol=version, **fields, max_line=size)
+            first = {"protocol": PROTOCOL_VERSION, "banner": BANNER, "text": self.settings.greeting}
+            self.send(client, "greeting", **first, room=self.run_id, max_line=LINE_BYTES_LIMIT)
             self._ask_for_name(client)
 
     def _ask_for_name(self, client: Client) -> None:
@@ -1346,10 +1344,10 @@ class Reactor:
         self.clock = Clock(read_clock)
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
-        self.clients: dict[Client, None] = {}  # in order of arrival
+        self.clients: dict[Client, None] = {}
         self.with_input: dict[Client, None] = {}  # those with unprocessed input
-        self.blocked: dict[Client, None] = {}  # those whose socket is full
-        self.stall_budget = STALL_BUDGET_SECONDS  # what is left of it
+        self.blocked: dict[Client, None] = {}
+        self.stall_budget = STALL_BUDGET_SECONDS
         self.is_paused = False  # a reader lags: no input is processed
         self.tick_at = self.clock.now
         self.ends_at = NEVER  # when a stopped server ends, at the latest
@@ -1493,7 +1491,10 @@ class Reactor:
                     self.selector.register(listener, READ, accept)
 
     def _check_timeouts(self, client: Client) -> None:
-        """End what takes too long, and ping a WebSocket that is silent."""
+        """End what takes too long or has an error, and ping a WebSocket that is silent."""
+        unwatched = not client.watched_mask  # the selector tells of no error
+        if unwatched and (error := client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            self._mark_lost(client, os.strerror(error))
         ping = client.protocol.PING_FRAME if client.protocol.accepts_events else b""
         if self.clock.now >= client.deadline:
             if client.state is CLOSING or client.lost_reason:
@@ -1516,7 +1517,7 @@ class Reactor:
                 sock, peer = listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # no descriptors, for example; the next tick tries again
+            except OSError as error:  # no descriptors, say; the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
@@ -1707,7 +1708,7 @@ class Reactor:
 # 8. The web
 
 HEAD_LIMIT = 8 << 10  # bytes of a request
-# A request's head (RFC 9112, sections 3 and 5).  Only what we use of it is checked.
+# A request's head (RFC 9112, sections 3 and 5).
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 HEADER_PATTERN = r"\r?\n([^\s:]+):([^\r\n]*)"
 REQUEST_HEAD = re.compile(rf"(\S+) (\S+) HTTP/1\.\d((?:{HEADER_PATTERN})*)")
@@ -2364,7 +2365,7 @@ def raise_descriptor_limit() -> int:
 
 
 def open_listener(address: str | None, *ports: int) -> socket.socket:
-    """A socket that listens on the first free one of these ports; exits if there is none."""
+    """Listen on the first of these ports that is free; exits if there is none."""
     dual = not address and socket.has_dualstack_ipv6()
     bind_address = address or ("::" if dual else "0.0.0.0")
     for port in ports:

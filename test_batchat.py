@@ -119,11 +119,8 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 HANDSHAKE = {
-    "Host": "chat.example:1338",
-    "Upgrade": "websocket",
-    "Connection": "keep-alive, Upgrade",
-    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    "Sec-WebSocket-Version": "13",
+    "Host": "chat.example:1338", "Upgrade": "websocket", "Connection": "keep-alive, Upgrade",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13",
     "Origin": "http://chat.example:1338",
 }
 
@@ -792,6 +789,9 @@ class SimulatedSocket(SimulatedFile):
     def setsockopt(self, *option: int):
         self.call("setsockopt")
         raise OSError(errno.ENOPROTOOPT, "a kernel that has none of them")
+
+    def getsockopt(self, *_option: int) -> int:
+        return self.see_error() if self.peer.broken else 0
 
     def ready(self) -> int:
         peer = self.peer
@@ -1945,15 +1945,10 @@ def test_log_names_people_but_not_what_they_say(tmp_path):
     assert lines == [
         f"everybody on this machine can read {path}",
         *[f"{who} joined from HERE ({n} here)" for n, who in enumerate(["mike", "ann", "eve"], 1)],
-        "HERE left before joining: quit",
-        "mike is now mick (HERE)",
+        *("HERE left before joining: quit", "mike is now mick (HERE)"),
         *["mick gave a wrong password (HERE)"] * 2,
-        "mick left: quit (HERE, 2 here)",
-        "ann is an operator (HERE)",
-        "ann kicked eve (HERE)",
-        "eve left: kicked (HERE, 1 here)",
-        "ann left: quit (HERE, 0 here)",
-        "stopping",
+        *("mick left: quit (HERE, 2 here)", "ann is an operator (HERE)", "ann kicked eve (HERE)"),
+        *("eve left: kicked (HERE, 1 here)", "ann left: quit (HERE, 0 here)", "stopping"),
     ]
 
 
@@ -2410,8 +2405,7 @@ def test_lost_person_is_heard_for_2_minutes(paced):
 
 @cases(
     "rest, lines, seconds, done",
-    (60.0, ["hi"], 0.01, 50),
-    (60.0, ["hi"], 10.0, 150),
+    *[(60.0, ["hi"], 0.01, 50), (60.0, ["hi"], 10.0, 150)],
     (0.01, ["hi"], 0.01, 45),  # their joining was worth five lines
     (60.0, ["/nick mick", "/nick mike"], 9.0, 6),  # of 25 each; the last one on credit
 )
@@ -3062,8 +3056,7 @@ def test_newcomer_has_2_minutes_to_give_a_name(world):
 
 @cases(
     "limits, host, text",
-    ({"people": 2}, "203.0.113.6", FULL),
-    ({"max_connections": 2}, "203.0.113.6", FULL),
+    *[({limit: 2}, "203.0.113.6", FULL) for limit in ("people", "max_connections")],
     ({"per_address": 2}, "203.0.113.5", CROWDED),
 )
 def test_where_it_is_full_newcomers_are_rejected(worlds, limits, host, text):
@@ -3234,8 +3227,7 @@ SHAPES = {
         *(b"!" * 8100 + b"\r\n\r\n", b"\r\n" * 4000),
     ],
     "telnet": [
-        b"a line of ordinary length\r\n" * 300,
-        b"\xff" * 8192,
+        *(b"a line of ordinary length\r\n" * 300, b"\xff" * 8192),
         *(b"\xff\xf1" * 4096, b"\xff\xf6" * 4096, b"\xff\xfd\x06" * 2700, b"\r" * 8192),
         *(b"x" * 4000 + b"\b" * 4096 + b"\n", b"x\b" * 2000 + b"\n", b"\x15x" * 2000 + b"\n"),
         *(b"\x1b[" * 2000 + b"\n", b"\x1b]" * 2000 + b"\n", b"\x1b[" + b"0" * 4000 + b"\n"),
@@ -3416,8 +3408,7 @@ ASK_PAGE = f"{PLAIN}\r\nHost: x\r\n\r\n".encode()
     *[(200, [{}, "GET /?from=here HTTP/1.1"]), (404, [{}, "GET /nothing HTTP/1.1"])],
     *[(400, [{}, line]) for line in ("GET / HTTP/2.0", "GET /  HTTP/1.1", "nonsense")],
     *[(400, [{"Bad header name": "x"}]), (400, [{"Cookie": "a\rb"}])],
-    (200, [{"Cookie": "a\tb"}, PLAIN]),
-    (431, [{"Cookie": "x" * 8192}]),
+    *[(200, [{"Cookie": "a\tb"}, PLAIN]), (431, [{"Cookie": "x" * 8192}])],
 )
 def test_http_status(status, how):
     assert asked(request(*how))[0] == status
@@ -3463,8 +3454,7 @@ def test_http_policy_allows_our_script_and_style():
 
 @cases(
     "why, code, limits",
-    *[("full", 1013, {"people": 1}), ("crowded", 1013, {"per_address": 3})],
-    ("banned", 1000, {}),
+    *[("full", 1013, {"people": 1}), ("crowded", 1013, {"per_address": 3}), ("banned", 1000, {})],
 )
 def test_web_refusal_waits_for_the_request(worlds, why, code, limits):
     """It says why; the page can be had, to show it."""
@@ -3615,6 +3605,17 @@ def test_silent_peers_are_given_up_after_2_min(our_end):
     for name, value in idle.items():
         if hasattr(socket, name):
             assert our_end.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+
+
+def test_reset_is_noticed_where_no_more_is_read(houses):
+    """The selector tells nothing of those whose read buffer is full."""
+    house = houses(rate=10)
+    mike = house.connects(b"mike\n" + b"\n" * 200_000)
+    house.wait()
+    mike.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, batchat.RESET)
+    mike.sock.close()
+    house.wait(1)
+    assert [each.lost_reason for each in house.reactor.clients] == [os.strerror(errno.ECONNRESET)]
 
 
 def test_browser_that_answers_no_ping_is_lost(world):
