@@ -545,8 +545,9 @@ class PeerAddress(NamedTuple):
         return {self.host, self.network}
 
 
+@functools.lru_cache  # for speed
 def parse_address(text: str) -> PeerAddress:
-    """`text` as an address; for an IPv6 /64, both are the /64.  May raise ValueError."""
+    """`text` as an address; for an IPv6 /64, both are the /64.  Raises ValueError."""
     ip_text, _, bits = text.partition("/")
     parsed = ipaddress.ip_address(ip_text.partition("%")[0])
     parsed = getattr(parsed, "ipv4_mapped", None) or parsed
@@ -563,7 +564,7 @@ class Clock:
     """The time when this iteration of the event loop began."""
 
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
-        self.read = read  # in seconds, from any start
+        self.read = read  # seconds, from any start
         self.now = read()
         self.advance()
 
@@ -1492,7 +1493,7 @@ class Reactor:
 
     def _check_timeouts(self, client: Client) -> None:
         """End what takes too long or has an error, and ping a WebSocket that is silent."""
-        unwatched = not client.watched_mask  # the selector tells of no error
+        unwatched = not client.watched_mask  # no error is told
         if unwatched and (error := client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
             self._mark_lost(client, os.strerror(error))
         ping = client.protocol.PING_FRAME if client.protocol.accepts_events else b""
@@ -1517,7 +1518,7 @@ class Reactor:
                 sock, peer = listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # no descriptors, say; the next tick tries again
+            except OSError as error:  # no descriptors; the next tick tries again
                 logger.warning("can't accept: %s", error.strerror)
                 self.selector.unregister(listener)
                 return
@@ -2365,7 +2366,7 @@ def raise_descriptor_limit() -> int:
 
 
 def open_listener(address: str | None, *ports: int) -> socket.socket:
-    """Listen on the first of these ports that is free; exits if there is none."""
+    """Listen on the first of these ports that is free; exits if none is."""
     dual = not address and socket.has_dualstack_ipv6()
     bind_address = address or ("::" if dual else "0.0.0.0")
     for port in ports:
