@@ -468,7 +468,7 @@ class Telnet(Protocol):
         self._incomplete = b""  # from `split_telnet_commands`
         self._scanned = 0  # bytes that `scan_for_interrupt` has seen, and that were not fed yet
         self._scan_incomplete = b""  # `_incomplete`, at their end
-        self._last_plain_byte = b""  # of text; an LF after a CR ends no further line
+        self._last_plain_byte = b""  # an LF after a CR ends no further line
         self._data = b""  # with "\n" for every line end
         self._consumed = 0  # bytes of `_data`
 
@@ -545,7 +545,7 @@ class PeerAddress(NamedTuple):
         return {self.host, self.network}
 
 
-@functools.lru_cache  # for speed
+@functools.lru_cache
 def parse_address(text: str) -> PeerAddress:
     """`text` as an address; for an IPv6 /64, both are the /64.  Raises ValueError."""
     ip_text, _, bits = text.partition("/")
@@ -564,7 +564,7 @@ class Clock:
     """The time when this iteration of the event loop began."""
 
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
-        self.read = read  # seconds, from any start
+        self.read = read  # in seconds
         self.now = read()
         self.advance()
 
@@ -610,7 +610,7 @@ class Quota:
 
     @property
     def has_too_many(self) -> bool:
-        """Whether there is no place for all; the departing take none."""
+        """Whether not all have a place; the departing need none."""
         return 0 < self.limit < self.connection_count - len(self.departing)
 
     @property
@@ -701,7 +701,7 @@ class Client:
         self.read_buffer = b""  # read, but not fed to the protocol yet
         self.needs_scan = False  # something was read since the last scan for Ctrl-C
         self.at_eof = False  # the end of the stream was read
-        self.watched_mask = 0  # of the events that the selector is asked for
+        self.watched_mask = 0  # what the selector is asked for
         self.silent_ticks = 0  # since the peer sent anything, while nothing was pending
 
     def enter(self, state: State, now: float) -> None:
@@ -751,7 +751,7 @@ class Limiter:
             self._raise_virtual_time(client, JOIN_TOKENS)
 
     def source_for(self, address: PeerAddress) -> str:
-        """The source that is counted: an IPv6 /64, but in our own networks the address."""
+        """The source that is counted: an IPv6 /64; in our own networks the host."""
         return address.host if address.network in self.own_networks else address.network
 
     def mark_departing(self, client: Client) -> None:
@@ -825,11 +825,11 @@ class History:
     """The last lines that were said, for newcomers."""
 
     def __init__(self, limit: int) -> None:
-        self._entries: deque[tuple[Event, PeerAddress]] = deque(maxlen=limit)
-        self._encoded: dict[type[Protocol], bytes] = {}  # a cache, until the next line
+        self._entries: deque[Any] = deque(maxlen=limit)  # event, address, sizes by format
+        self._encoded: dict[type[Protocol], bytes] = {}  # until the next line
 
     def append(self, event: Event, address: PeerAddress) -> None:
-        self._entries.append((event, address))
+        self._entries.append((event, address, {}))
         self._encoded.clear()
 
     def forget(self, source: str) -> None:
@@ -843,8 +843,10 @@ class History:
         if protocol_class not in self._encoded:
             events: deque[Event] = deque()
             size = 0
-            for event, _ in reversed(self._entries):
-                size += len(protocol_class.encode(event))
+            for event, _, sizes in reversed(self._entries):
+                if protocol_class not in sizes:
+                    sizes[protocol_class] = len(protocol_class.encode(event))
+                size += sizes[protocol_class]
                 if size > HISTORY_BYTES_LIMIT:
                     break
                 events.appendleft(event)
@@ -1131,9 +1133,9 @@ class Chat:
 
     def _find(self, name: str) -> Client:
         """Who has this name; raises Refused."""
-        if name_key(name) not in self.people:
+        if not (client := self.people.get(name_key(name))):
             raise Refused(f"Nobody here is called {name}.")
-        return self.people[name_key(name)]
+        return client
 
     def _find_last(self, name: str) -> tuple[PeerAddress, Client | None]:
         """The address of who has this name or had it last, and who, if here; raises Refused."""
@@ -1346,7 +1348,7 @@ class Reactor:
         self.limiter = Limiter(settings, self.clock)
         self.chat = Chat(listeners.values(), self.limiter)
         self.clients: dict[Client, None] = {}
-        self.with_input: dict[Client, None] = {}  # those with unprocessed input
+        self.with_input: dict[Client, None] = {}
         self.blocked: dict[Client, None] = {}
         self.stall_budget = STALL_BUDGET_SECONDS
         self.is_paused = False  # a reader lags: no input is processed
@@ -1379,7 +1381,7 @@ class Reactor:
                 listener.close()
             self.listeners.clear()
             for log in self.chat.logs.values():
-                log.readers.clear()  # nobody reads that the others left
+                log.readers.clear()  # nobody reads that others left
             for client in list(self.clients):
                 if client.state is not CLOSING:
                     self._guard(self.chat.start_closing, client, "shutdown")
@@ -1615,7 +1617,7 @@ class Reactor:
             elif not client.read_buffer and not client.at_eof:
                 del self.with_input[client]
                 return
-            elif was_fed:  # another client may be first now
+            elif was_fed:  # others may be first now
                 return
             else:
                 data, client.read_buffer = client.read_buffer[:size], client.read_buffer[size:]
@@ -1694,7 +1696,7 @@ class Reactor:
         self._close(client)
 
     def _close(self, client: Client) -> None:
-        """Forget a client, in any state."""
+        """Forget a client."""
         client.enter(CLOSED, self.clock.now)
         for collection in (self.clients, self.with_input, self.blocked):
             collection.pop(client, None)
